@@ -1,0 +1,34 @@
+"""cmtool: train, distil, sample and edit with consistency models.
+
+The command line and this package have the same powers. Names are imported on first use, so that `import cmtool` and
+`cmtool --help` stay fast: torch is loaded only when something needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC: dict[str, str] = {
+    "FlowMap": "cmtool.flow.flow_map",
+    "load": "cmtool.io.checkpoint",
+    "save": "cmtool.io.checkpoint",
+    "sample": "cmtool.generate",
+    "inpaint": "cmtool.generate",
+    "colorize": "cmtool.generate",
+    "superres": "cmtool.generate",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'cmtool' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

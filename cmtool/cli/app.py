@@ -1,0 +1,159 @@
+"""The command `cmtool`: its commands, and the one place where errors become text and exit codes.
+
+Nothing here, nor any command module at import, may load torch or numpy: help, completion and usage errors stay instant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import traceback
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from cmtool import __version__, errors
+from cmtool.cli import colorize, console, data, info, inpaint, presets, sample, superres, train
+
+app = typer.Typer(
+    name="cmtool",
+    help="Train, distil, sample and edit with consistency models.",
+    epilog="--quiet and --debug may also stand after the command.",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+app.command("train", rich_help_panel="Training")(train.train)
+app.command("distill", rich_help_panel="Training")(train.distill)
+app.command("sample", rich_help_panel="Images")(sample.sample)
+app.command("inpaint", rich_help_panel="Images")(inpaint.inpaint)
+app.command("colorize", rich_help_panel="Images")(colorize.colorize)
+app.command("superres", rich_help_panel="Images")(superres.superres)
+app.command("info", rich_help_panel="Looking around")(info.info)
+app.add_typer(presets.app, name="presets", rich_help_panel="Looking around")
+app.add_typer(data.app, name="data", rich_help_panel="Looking around")
+
+# typer hides its copy of click; the exceptions' common ancestors are reached through the one name it exports.
+_UsageError: Any = typer.BadParameter.__bases__[0]
+_ClickException: Any = _UsageError.__bases__[0]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cmtool {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes, only results.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+) -> None:
+    # --quiet and --debug are taken out by `main`, wherever they stand; they are listed here for the help and completion.
+    del version, quiet, debug
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line in this process and return its exit code; never raises, never exits.
+
+    Exit codes: 0 ok, 1 failure, 2 usage, 75 stopped but resumable, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # a stand-in stream, or a closed one
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    argv, debug = _take(argv, "--debug")
+    argv, quiet = _take(argv, "--quiet", "-q")
+    console.set_quiet(quiet)
+    try:
+        code = _call(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader has gone: nobody is left to tell. Python would flush once more at exit, hence the null device.
+        with suppress(AttributeError, ValueError, OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # the help is on stdout by now
+            return 2
+        if debug:
+            traceback.print_exc()
+        message, hint, code = _explain(error, argv)
+        console.error(message, hint)
+        return code
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+def _call(argv: list[str]) -> int:
+    """Let typer parse and run `argv`; exits become return values."""
+    stdout, stderr = sys.stdout, sys.stderr
+    try:
+        result = get_command(app).main(args=argv, prog_name="cmtool", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except SystemExit as error:  # completion leaves this way, and so does a broken pipe, after wrapping the streams
+        broken = sys.stdout is not stdout
+        sys.stdout, sys.stderr = stdout, stderr
+        if broken:
+            raise BrokenPipeError from error
+        return error.code if isinstance(error.code, int) else 0
+
+
+def _take(argv: list[str], *names: str) -> tuple[list[str], bool]:
+    """`argv` without the flag, and whether it was there; what follows `--` is left alone."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    kept = [arg for arg in argv[:end] if arg not in names]
+    return kept + argv[end:], len(kept) < end
+
+
+def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
+    """Message, hint and exit code for anything that reached the top."""
+    see = f"see {_command_path(argv)} --help"
+    if isinstance(error, errors.UserError):
+        return error.message, error.hint or see, error.exit_code
+    if isinstance(error, _ClickException):
+        message, hint = _usage(error)
+        return message, hint + ("" if not hint else " " if hint.endswith("?") else "; ") + see, error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}", "try a smaller --batch, or --device cpu", 1
+    if isinstance(error, OSError) and error.strerror:
+        places = ", ".join(repr(os.fspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str))
+        return f"{error.strerror}: {places}".rstrip(": "), "check the path, the permissions and the space left", 1
+    return f"internal error: {type(error).__name__}: {error}", "run again with --debug and report the traceback", 1
+
+
+def _usage(error: Any) -> tuple[str, str]:
+    """What typer has to say about a command line, as message and hint."""
+    command = error.ctx.command if error.ctx else None
+    unknown = re.match(r"No such command '(.*?)'", error.message)
+    if unknown and hasattr(command, "commands"):
+        return f"there is no command {unknown[1]!r}", errors.nearest(unknown[1], command.commands)
+    if hasattr(error, "possibilities"):
+        close = ", ".join(error.possibilities or ())
+        return f"there is no option {error.option_name}", f"did you mean {close}?" if close else ""
+    message = error.format_message().rstrip(".")
+    return message[:1].lower() + message[1:], ""
+
+
+def _command_path(argv: list[str]) -> str:
+    """The command that `argv` names, as far as it names one: what to ask for help."""
+    command: Any = get_command(app)
+    path = ["cmtool"]
+    for word in argv:
+        if word in getattr(command, "commands", {}):
+            command = command.commands[word]
+            path.append(word)
+    return " ".join(path)

@@ -1,0 +1,211 @@
+"""The options that several commands share, and how their text becomes values.
+
+A parser raises `UsageError` and needs no torch: a wrong command line is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cmtool.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+SOLVERS = ("euler", "heun", "dpm2", "ancestral")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+MAX_SEEDS = 1_000_000
+MAX_SEED = 2**63 - 1
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0-63,100` as a list of seeds: inclusive ranges and single numbers, in the order given, each once.
+
+    Raises:
+        UsageError: nothing, no whole numbers, an empty range, numbers from 2^63 on, more than a million seeds.
+    """
+    hint = "write whole numbers and ranges, for example --seeds 0-63,100"
+    spans = _spans(text, "--seeds", hint)
+    for low, high in spans:
+        if high > MAX_SEED:
+            raise UsageError(f"--seeds {text}: {high} is too large, the largest seed is 2^63 - 1", hint)
+    count = sum(high - low + 1 for low, high in spans)
+    if count > MAX_SEEDS:
+        raise UsageError(f"--seeds {text}: {count} seeds are more than the {MAX_SEEDS} of one call", "split the call")
+    return list(dict.fromkeys(seed for low, high in spans for seed in range(low, high + 1)))
+
+
+def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -> list[int]:
+    """`0-9`, `3,5` or class names as a list of class indices.
+
+    Args:
+        num_classes: how many classes the model knows.
+        class_names: their names, if they have any; a name wins over a number.
+    Raises:
+        UsageError: the model has no classes, or one of the labels is not among them.
+    """
+    if not num_classes:
+        raise UsageError("--labels: this model knows no classes", "leave --labels out")
+    known = f"0-{num_classes - 1}" + (" or " + ", ".join(class_names[:12]) if class_names else "")
+    hint = f"this model knows the classes {known}" + (", ..." if len(class_names) > 12 else "")
+    labels: list[int] = []
+    for part in _parts(text, "--labels", hint):
+        if part in class_names:
+            labels.append(class_names.index(part))
+        elif re.fullmatch(r"[\d\s-]+", part):
+            for low, high in _spans(part, "--labels", hint):
+                if high >= num_classes:
+                    raise UsageError(f"--labels {text}: there is no class {high}", hint)
+                labels.extend(range(low, high + 1))
+        else:
+            close = nearest(part, class_names) if class_names else hint
+            raise UsageError(f"--labels {text}: there is no class {part!r}", close)
+    return labels
+
+
+def labels_for(seeds: Sequence[int], labels: Sequence[int]) -> list[int]:
+    """The label of each seed: `labels` dealt out in turn along the seeds 0, 1, 2, ...
+
+    It depends on the seed and not on its place in the list, so that an image is the same whatever is drawn beside it.
+    """
+    return [labels[seed % len(labels)] for seed in seeds]
+
+
+def parse_times(text: str, option: str = "--times") -> list[float]:
+    """`80,0.8` as a falling list of positive times.
+
+    Raises:
+        UsageError: nothing, no numbers, not positive, or not falling.
+    """
+    hint = f"write falling positive numbers, for example {option} 80,0.8"
+    times = []
+    for part in _parts(text, option, hint):
+        try:
+            value = float(part)
+        except ValueError:
+            raise UsageError(f"{option} {text}: {part!r} is not a number", hint) from None
+        if not 0 < value < float("inf"):
+            raise UsageError(f"{option} {text}: {part} is not a positive number", hint)
+        if times and value >= times[-1]:
+            raise UsageError(f"{option} {text}: {part} does not fall below {times[-1]:g}", hint)
+        times.append(value)
+    return times
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_COUNT = re.compile(r"([0-9][0-9_]*(?:\.[0-9]+)?(?:[eE][0-9]{1,2})?)\s*([A-Za-z]*)")
+
+
+def parse_count(text: str, option: str = "count") -> int:
+    """`400`, `12k`, `1.5M` (thousands, millions) or `2Ki`, `2Mi` (powers of 1024) as a positive whole number."""
+    hint = "write a whole number, with k, M, G or Ki, Mi, Gi if you like: 400, 12k, 1.5M, 2Ki"
+    match = _COUNT.fullmatch(text.strip())
+    unit = match and {name.lower(): factor for name, factor in _UNITS.items()}.get(match[2].lower())
+    if not match or unit is None:
+        raise UsageError(f"{option} {text}: not a count", hint)
+    value = Fraction(match[1]) * unit
+    if value.denominator != 1 or not 0 < value < 2**63:
+        raise UsageError(f"{option} {text}: not a positive whole number below 2^63", hint)
+    return int(value)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device to compute on; `auto` takes CUDA, then MPS, then the CPU."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    present = {
+        "cpu": lambda: True,
+        "cuda": lambda: (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available,
+    }
+    if not present[device.type]():
+        raise UsageError(f"--device {name}: this torch {torch.__version__} sees no such device", "try --device auto")
+    return device
+
+
+def _parts(text: str, option: str, hint: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{option} {text!r}: an entry is empty", hint)
+    return parts
+
+
+def _spans(text: str, option: str, hint: str) -> list[tuple[int, int]]:
+    """Comma-separated numbers and `low-high` ranges, both ends included."""
+    spans = []
+    for part in _parts(text, option, hint):
+        match = re.fullmatch(r"([0-9]{1,30})(?:\s*-\s*([0-9]{1,30}))?", part)
+        if not match:
+            raise UsageError(f"{option} {text}: {part!r} is neither a whole number nor a range", hint)
+        low, high = int(match[1]), int(match[2] or match[1])
+        if low > high:
+            raise UsageError(f"{option} {text}: the range {part} is empty", f"did you mean {high}-{low}?")
+        spans.append((low, high))
+    return spans
+
+
+def _one_of(option: str, choices: Iterable[str], also: str = r"(?!)") -> Any:
+    """Keyword arguments of an option that takes one of some words (or what the pattern `also` matches)."""
+    choices = tuple(choices)
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in choices and not re.fullmatch(also, value):
+            raise UsageError(f"{option}: there is no {value!r}", nearest(value, choices))
+        return value
+
+    return {"callback": check, "autocompletion": lambda: list(choices), "metavar": "|".join(choices)}
+
+
+def _parsed(parser: Callable[[str], Any]) -> Any:
+    """Keyword arguments of an option whose text must satisfy a parser; the command still gets the text."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None:
+            parser(value)
+        return value
+
+    return {"callback": check}
+
+
+Model = Annotated[Path, typer.Option("--model", metavar="PATH", help="A run folder or a .safetensors file.")]
+Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip or .npz of images.")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="Where to compute; cuda:1 works too.", **_one_of("--device", DEVICES, r"cuda:\d+")),
+]
+Precision = Annotated[
+    str,
+    typer.Option("--precision", help="Of the network; auto: bf16 on CUDA.", **_one_of("--precision", PRECISIONS)),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Seeds = Annotated[
+    str, typer.Option("--seeds", metavar="LIST", help="One image a seed: 0-63,100.", **_parsed(parse_seeds))
+]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--labels", metavar="LIST", help="Classes by number or name, dealt out along the seeds; else drawn by seed."
+    ),
+]
+Times = Annotated[
+    str | None,
+    typer.Option("--times", metavar="LIST", help="Times of the network calls: 80,0.8.", **_parsed(parse_times)),
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Images computed at once.")]
+Image = Annotated[str, typer.Option("--image", metavar="FILE", help="The image to edit; - reads a pipe.")]
+Out = Annotated[
+    str, typer.Option("--out", metavar="PATH", help="A file, a folder, a name with {seed} in it; - writes a pipe.")
+]
+EditSteps = Annotated[
+    int | None, typer.Option("--edit-steps", min=1, help="Network calls, on the model's grid. [default: the grid's]")
+]

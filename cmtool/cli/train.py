@@ -1,0 +1,9 @@
+"""stub"""
+
+
+def train() -> None:
+    """Stub."""
+
+
+def distill() -> None:
+    """Stub."""

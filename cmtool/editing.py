@@ -1,0 +1,105 @@
+"""Zero-shot editing: what is known of an image, as a linear operator, and the projection on it.
+
+    project(x, y) = x + pinv(y - A x)
+
+is the point nearest to x among all images with A x = y. With it as the constraint of the sampling loop, `Mask` is
+inpainting, `Luma` colorization and `AvgPool` super-resolution: Algorithm 4 and appendix D of Song et al. (2023),
+arXiv:2303.01469. There the same projection is written as replacing coordinates in an orthogonal basis.
+
+For every operator A pinv A = A and pinv A is symmetric: pinv is the Moore-Penrose inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Degradation(Protocol):
+    """A linear operator on images [B, C, H, W] and its pseudo-inverse."""
+
+    def A(self, x: Tensor) -> Tensor:
+        """What is known of the image x."""
+        ...
+
+    def pinv(self, y: Tensor) -> Tensor:
+        """The smallest image with A x = y."""
+        ...
+
+
+def project(op: Degradation, x: Tensor, y: Tensor) -> Tensor:
+    """The image nearest to x whose A x is y; y must be in the range of A."""
+    return x + op.pinv(y - op.A(x))
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A x = known * x: the pixels outside the hole.
+
+    Args:
+        new: where to make new pixels; bool, broadcastable to [B, C, H, W].
+    """
+
+    new: Tensor
+
+    def A(self, x: Tensor) -> Tensor:
+        return x.masked_fill(self.new, 0.0)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return y.masked_fill(self.new, 0.0)
+
+
+@dataclass(frozen=True)
+class Luma:
+    """A x = <w, x> over the channels: the brightness. pinv y = w y / <w, w>.
+
+    The default weights are those of ITU-R BT.601, as in the paper. An image that is the same in all channels has
+    A x = (sum w) times that value, so the known side of a grey image is `A` of its RGB form, not the grey value itself.
+    """
+
+    weights: tuple[float, float, float] = (0.2989, 0.5870, 0.1140)
+
+    def A(self, x: Tensor) -> Tensor:
+        return (x * self._w(x)).sum(1, keepdim=True)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        w = self._w(y)
+        return y * w / (w * w).sum()
+
+    def _w(self, x: Tensor) -> Tensor:
+        return x.new_tensor(self.weights).view(1, 3, 1, 1)
+
+
+@dataclass(frozen=True)
+class AvgPool:
+    """A x = mean over factor x factor blocks: the small image. pinv repeats each pixel."""
+
+    factor: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 2:
+            raise ValueError(f"an enlargement needs a factor of at least 2, found {self.factor}")
+
+    def A(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.factor)
+
+    def pinv(self, y: Tensor) -> Tensor:
+        return y.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
+
+
+def to_range(op: Degradation, x: Tensor, y: Tensor, rounds: int = 50) -> Tensor:
+    """An image inside [-1, 1] that keeps A x = y as closely as the range allows.
+
+    Alternating projection on the box and on the constraint, ending on the box. A plain clamp would change the luma or
+    the block mean wherever the projected image sticks out.
+    """
+    for _ in range(rounds):
+        clamped = x.clamp(-1, 1)
+        if torch.equal(clamped, x):
+            break
+        x = project(op, clamped, y)
+    return x.clamp(-1, 1)

@@ -1,0 +1,21 @@
+"""How data is noised, how a network becomes an estimate, and the one model class built on both."""
+
+from cmtool.flow.flow_map import FlowMap, ModelCard
+from cmtool.flow.parameterization import EDM, BoundaryEDM, Coefficients, LogRatio, Parameterization, PathTime, Velocity
+from cmtool.flow.path import VE, Linear, Path, Trig
+
+__all__ = [
+    "EDM",
+    "VE",
+    "BoundaryEDM",
+    "Coefficients",
+    "FlowMap",
+    "Linear",
+    "LogRatio",
+    "ModelCard",
+    "Parameterization",
+    "Path",
+    "PathTime",
+    "Trig",
+    "Velocity",
+]

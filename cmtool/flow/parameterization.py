@@ -1,0 +1,157 @@
+"""Parameterizations: how the raw output F of a network becomes an estimate.
+
+    D = skip x_t + out F(inp x_t, noise(t))
+
+The coefficients are written for any path through its noise-to-signal ratio; on VE they are the published ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cmtool.flow.path import Path
+
+
+class Coefficients(NamedTuple):
+    """The three factors of a parameterization, each of the shape of the times."""
+
+    skip: Tensor  # of x_t in the estimate
+    out: Tensor  # of the network's output
+    inp: Tensor  # of x_t at the network's input
+
+
+class TimeInput(Protocol):
+    """What the network is told about the time."""
+
+    kind: ClassVar[str]
+
+    def __call__(self, path: Path, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LogRatio:
+    """scale * ln(sigma / alpha). EDM, its CIFAR-10 consistency models and ECT: 0.25; OpenAI's released models: 250."""
+
+    kind: ClassVar[str] = "log_ratio"
+    scale: float = 0.25
+
+    def __call__(self, path: Path, t: Tensor) -> Tensor:
+        # The floor keeps t = 0 finite; it is the smallest offset that changes no float32 time above it.
+        return self.scale * torch.log(path.ratio(t) + 1e-44)
+
+
+@dataclass(frozen=True)
+class PathTime:
+    """scale * t, the path's own time. TrigFlow and flow matching."""
+
+    kind: ClassVar[str] = "path_time"
+    scale: float = 1.0
+
+    def __call__(self, path: Path, t: Tensor) -> Tensor:
+        return self.scale * t
+
+
+class Parameterization(Protocol):
+    """How F becomes the denoised estimate, and how it becomes a jump from t to s."""
+
+    kind: ClassVar[str]
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients: ...
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients: ...
+
+    def noise(self, path: Path, t: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The DDIM form of a jump, shared by all parameterizations whose estimate is a denoiser's."""
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        raise NotImplementedError
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """Coefficients of x_s = keep x_t + (alpha_s - alpha_t keep) D, keep = sigma_s / sigma_t (CTM's form)."""
+        skip, out, inp = self.denoised(path, t)
+        keep = path.sigma(s) / path.sigma(t)
+        scale = path.alpha(s) - path.alpha(t) * keep
+        return Coefficients(keep + scale * skip, scale * out, inp)
+
+
+@dataclass(frozen=True)
+class EDM(_Base):
+    """Preconditioning of Karras et al. (2022), arXiv:2206.00364, table 1, read at sigma / alpha on any path.
+
+    On `Trig` with the same sigma_data it is TrigFlow: skip cos t, out sigma_data sin t, inp 1 / sigma_data.
+    """
+
+    kind: ClassVar[str] = "edm"
+    sigma_data: float = 0.5
+    time_input: LogRatio | PathTime = field(default_factory=LogRatio)
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        alpha, sigma, data = path.alpha(t), path.sigma(t), self.sigma_data
+        variance = sigma**2 + (alpha * data) ** 2
+        root = variance.sqrt()
+        return Coefficients(alpha * data**2 / variance, sigma * data / root, 1 / root)
+
+    def noise(self, path: Path, t: Tensor) -> Tensor:
+        return self.time_input(path, t)
+
+
+@dataclass(frozen=True)
+class BoundaryEDM(EDM):
+    """The consistency function's own scalings: f(x, t_min) = x holds by construction.
+
+    Song et al. (2023), arXiv:2303.01469, appendix C: skip = sigma_data^2 / ((t - eps)^2 + sigma_data^2),
+    out = sigma_data (t - eps) / sqrt(sigma_data^2 + t^2) with eps = t_min (the shift is not inside the root).
+
+    `denoised` is f itself. A jump to s in between follows the straight line from (t_min, f) to (t, x_t) in the path's
+    ratio, the exact solution of the deterministic view x' = (x - f) / t while f is constant: at s = t_min it is f and
+    at t = s = t_min it is x.
+    """
+
+    kind: ClassVar[str] = "boundary_edm"
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        alpha, ratio, data = path.alpha(t), path.ratio(t), self.sigma_data
+        eps = path.ratio(t.new_tensor(path.t_min))
+        alpha_min = path.alpha(t.new_tensor(path.t_min))
+        root = (ratio**2 + data**2).sqrt()
+        skip = data**2 / ((ratio - eps) ** 2 + data**2)
+        return Coefficients(alpha_min * skip / alpha, alpha_min * (ratio - eps) * data / root, 1 / (alpha * root))
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        skip, out, inp = self.denoised(path, t)
+        eps = path.ratio(t.new_tensor(path.t_min))
+        # The share of x_t that is kept; where t is t_min itself, f is x and the share does not matter.
+        share = (path.ratio(s) - eps) / (path.ratio(t) - eps).clamp_min(torch.finfo(t.dtype).tiny)
+        keep = share * path.alpha(s) / path.alpha(t)
+        scale = (1 - share) * path.alpha(s) / path.alpha(t.new_tensor(path.t_min))
+        return Coefficients(keep + scale * skip, scale * out, inp)
+
+
+@dataclass(frozen=True)
+class Velocity(_Base):
+    """The network predicts dx_t / dt of the path. On `Linear`, D = x_t - t F and the jump is x_t - (t - s) F."""
+
+    kind: ClassVar[str] = "velocity"
+    time_input: LogRatio | PathTime = field(default_factory=PathTime)
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        # Solve x_t = alpha x0 + sigma eps, F = alpha' x0 + sigma' eps for x0.
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        d_alpha, d_sigma = path.derivative(t)
+        det = alpha * d_sigma - sigma * d_alpha
+        return Coefficients(d_sigma / det, -sigma / det, torch.ones_like(t))
+
+    def noise(self, path: Path, t: Tensor) -> Tensor:
+        return self.time_input(path, t)
+
+
+PARAMETERIZATIONS: dict[str, type] = {"edm": EDM, "boundary_edm": BoundaryEDM, "velocity": Velocity}
+TIME_INPUTS: dict[str, type] = {"log_ratio": LogRatio, "path_time": PathTime}

@@ -1,0 +1,176 @@
+"""Paths: how data is noised, x_t = alpha(t) x0 + sigma(t) eps with eps ~ N(0, I).
+
+A path is two functions of time and their derivatives; all that any other part needs follows from them and is written
+once, in `Path`. Times grow with the noise, from `t_min` (data) to `t_max` (noise).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+def expand(t: Tensor, x: Tensor) -> Tensor:
+    """`t` of shape [B] (or a scalar) reshaped to broadcast against `x` of shape [B, ...]."""
+    return t.reshape(t.shape + (1,) * (x.ndim - t.ndim)) if t.ndim else t
+
+
+@dataclass(frozen=True)
+class Path:
+    """Base of all paths. Times are tensors of any shape; samples `[B, ...]` go with times `[B]`."""
+
+    kind: ClassVar[str]
+    t_min: float
+    t_max: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min < self.t_max or not math.isfinite(self.t_max):
+            raise ValueError(f"a path needs 0 <= t_min < t_max, found t_min={self.t_min}, t_max={self.t_max}")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The scale of the data at time t."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The standard deviation of the noise at time t."""
+        raise NotImplementedError
+
+    def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha'(t), sigma'(t))."""
+        raise NotImplementedError
+
+    def time(self, ratio: Tensor) -> Tensor:
+        """The time whose noise-to-signal ratio sigma / alpha is `ratio`."""
+        raise NotImplementedError
+
+    def ratio(self, t: Tensor) -> Tensor:
+        """Noise-to-signal ratio sigma / alpha: the coordinate in which all paths agree (EDM's sigma)."""
+        return self.sigma(t) / self.alpha(t)
+
+    def mix(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x0 + sigma_t eps; shapes [B, ...], [B, ...], [B]."""
+        t = expand(t, x0)
+        return self.alpha(t) * x0 + self.sigma(t) * eps
+
+    def velocity(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """dx_t / dt = alpha'_t x0 + sigma'_t eps for fixed (x0, eps)."""
+        d_alpha, d_sigma = self.derivative(expand(t, x0))
+        return d_alpha * x0 + d_sigma * eps
+
+    def ode_velocity(self, x_t: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """Right-hand side of the probability-flow ODE at x_t, given the denoiser's output there.
+
+        The conditional velocity with eps replaced by its estimate (x_t - alpha_t D) / sigma_t; on VE this is
+        (x_t - D) / t, Karras et al. (2022), arXiv:2206.00364, eq. 3 with sigma(t) = t.
+        """
+        at = expand(t, x_t)
+        eps = (x_t - self.alpha(at) * denoised) / self.sigma(at)
+        return self.velocity(denoised, eps, t)
+
+    def transport(self, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Move x_t to time s with the data estimate held fixed (DDIM; exact if `denoised` is constant on the way).
+
+        x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) D. Song et al. (2021), arXiv:2010.02502, eq. 12
+        with zero noise, written for any path.
+        """
+        t, s = expand(t, x_t), expand(s, x_t)
+        keep = self.sigma(s) / self.sigma(t)
+        return keep * x_t + (self.alpha(s) - self.alpha(t) * keep) * denoised
+
+    def diffuse(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Add noise from level s up to level t.
+
+        x_t = a x_s + sqrt(sigma_t^2 - a^2 sigma_s^2) eps,  a = alpha_t / alpha_s. With s = t_min on VE this is the
+        re-noising line of Algorithm 1, Song et al. (2023), arXiv:2303.01469.
+
+        Args:
+            x_s: samples at level s, shape [B, ...].
+            s, t: path times, shape [B] or scalar, s <= t.
+            eps: standard normal noise, shape of `x_s`.
+        Returns:
+            Samples at level t, shape of `x_s`.
+        Raises:
+            ValueError: if any s > t.
+        """
+        if bool((s > t).any()):
+            raise ValueError("diffuse adds noise: it needs s <= t")
+        s, t = expand(s, x_s), expand(t, x_s)
+        a = self.alpha(t) / self.alpha(s)
+        return a * x_s + (self.sigma(t) ** 2 - (a * self.sigma(s)) ** 2).clamp_min(0).sqrt() * eps
+
+
+@dataclass(frozen=True)
+class VE(Path):
+    """Variance exploding, x_t = x0 + t eps: the time is the noise level. Karras et al. (2022), arXiv:2206.00364."""
+
+    kind: ClassVar[str] = "ve"
+    t_min: float = 0.002
+    t_max: float = 80.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return ratio
+
+
+@dataclass(frozen=True)
+class Linear(Path):
+    """Straight line from data to noise, x_t = (1 - t) x0 + t eps: rectified flow and flow matching.
+
+    Liu et al. (2022), arXiv:2209.03003; Lipman et al. (2022), arXiv:2210.02747 (with data and noise swapped).
+    """
+
+    kind: ClassVar[str] = "linear"
+    t_min: float = 0.0
+    t_max: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return ratio / (1 + ratio)
+
+
+@dataclass(frozen=True)
+class Trig(Path):
+    """Great circle from data to noise, x_t = cos(t) x0 + sin(t) sigma_data eps: TrigFlow.
+
+    Lu and Song (2024), arXiv:2410.11081, section 3. The default ends are VE's 0.002 and 80 at sigma_data = 0.5.
+    """
+
+    kind: ClassVar[str] = "trig"
+    t_min: float = math.atan(0.002 / 0.5)
+    t_max: float = math.atan(80.0 / 0.5)
+    sigma_data: float = 0.5
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.cos(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_data * torch.sin(t)
+
+    def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.sin(t), self.sigma_data * torch.cos(t)
+
+    def time(self, ratio: Tensor) -> Tensor:
+        return torch.atan(ratio / self.sigma_data)
+
+
+PATHS: dict[str, type[Path]] = {"ve": VE, "linear": Linear, "trig": Trig}

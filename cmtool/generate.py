@@ -1,0 +1,344 @@
+"""Sampling and editing by seed: the Python side of `cmtool sample`, `inpaint`, `colorize` and `superres`.
+
+All of them are deterministic functions of (model, seeds): image k is the same image whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cmtool import rng
+from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
+from cmtool.errors import DataError, UsageError
+from cmtool.flow.flow_map import FlowMap
+from cmtool.sampler import check_times, default_times
+from cmtool.sampler import sample as run_sampler
+from cmtool.solvers import SOLVERS, Churn, Euler, Solver, solve
+from cmtool.times import Karras
+
+_BATCH_PIXELS = 256 * 64 * 64  # images a batch by default: 256 of 64x64
+
+
+class Generated(NamedTuple):
+    """A batch of finished images."""
+
+    seeds: list[int]
+    labels: Tensor | None  # int64 [B]
+    images: Tensor  # float32 [B, C, H, W] in [-1, 1], on the CPU
+    nfe: int  # network calls each image took
+
+
+def labels_for(model: FlowMap, seeds: Sequence[int], labels: Sequence[int] | int | None = None) -> Tensor | None:
+    """The class of each seed: the one asked for, `labels[seed % len(labels)]` of a list, or the seed's own random one.
+
+    Raises:
+        UsageError: classes the model does not have.
+    """
+    classes = model.card.num_classes
+    if not classes:
+        if labels is not None:
+            raise UsageError("this model knows no classes", "leave out --labels")
+        return None
+    if labels is None:
+        return rng.labels(seeds, classes)
+    wanted = [labels] if isinstance(labels, int) else list(labels)
+    bad = [label for label in wanted if not 0 <= label < classes]
+    if bad or not wanted:
+        raise UsageError(f"the model has classes 0 to {classes - 1}, found {bad[0] if bad else 'none'}")
+    return torch.tensor([wanted[seed % len(wanted)] for seed in seeds])
+
+
+def generate(
+    model: FlowMap,
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    labels: Sequence[int] | int | None = None,
+    solver: str | None = None,
+    churn: Churn | None = None,
+    batch: int | None = None,
+    clip: bool = True,
+) -> Iterator[Generated]:
+    """Sample one image a seed, batch by batch.
+
+    Args:
+        model: a consistency model, sampled by Algorithm 1 of Song et al. (2023); or a denoiser, whose ODE is solved.
+        seeds: one image each.
+        steps: network calls of a consistency model (default 1), steps of a solver (default 18).
+        times: explicit decreasing path times instead of `steps`. For a solver, the points to solve through; a last step
+            to t = 0 is added.
+        labels: see `labels_for`.
+        solver: euler, heun, dpm2 or ancestral; needed by a denoiser, refused by a consistency model.
+        churn: stochastic sampling of Karras et al. (2022) for a denoiser.
+        batch: images at once; chosen by resolution if None.
+        clip: clamp estimates to the image range on the way.
+    Yields:
+        A `Generated` a batch.
+    Raises:
+        UsageError: a role without its sampler, steps or times that make no sense.
+    """
+    _check_role(model, solver)
+    classes = labels_for(model, seeds, labels)
+    size = batch or max(1, _BATCH_PIXELS // model.card.resolution**2)
+    if size < 1:
+        raise UsageError(f"a batch holds at least 1 image, found {size}")
+    if model.card.role == "consistency":
+        points = default_times(model, 1 if steps is None else steps) if times is None else _times(model, times)
+    else:
+        points = _solver_times(model, steps, times)
+    for first in range(0, len(seeds), size):
+        part = list(seeds[first : first + size])
+        wanted = None if classes is None else classes[first : first + size].to(model.device)
+        noise = _noise(part, model)
+        start = _start(model, points, noise)
+        if model.card.role == "consistency":
+            for state in run_sampler(model, start, points, noise=noise, labels=wanted, clip=clip):
+                x, nfe = state.denoised, state.step
+        else:
+            x, nfe = _solve(model, start, points, noise, wanted, solver or "heun", churn, clip)
+        yield Generated(part, None if wanted is None else wanted.cpu(), x.clamp(-1, 1).cpu(), nfe)
+
+
+def sample(
+    model: FlowMap,
+    n: int | None = None,
+    *,
+    steps: int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    solver: str | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """`n` images (seeds 0 to n-1), or one for each of `seeds`; arguments as `generate`.
+
+    Returns:
+        float32 [n, C, H, W] in [-1, 1].
+    """
+    if seeds is None:
+        seeds = range(1 if n is None else n)
+    elif n is not None and n != len(seeds):
+        raise UsageError(f"n is {n}, but there are {len(seeds)} seeds", "give one of the two")
+    options = {"steps": steps, "times": times, "labels": labels, "solver": solver, "batch": batch}
+    return torch.cat([part.images for part in generate(model, list(seeds), **options)])  # type: ignore[arg-type]
+
+
+def inpaint(
+    model: FlowMap,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    steps: int | None = None,
+) -> Tensor:
+    """Make the masked pixels of images new; the others stay exactly as they are.
+
+    Args:
+        model: a consistency model.
+        images: float32 [B, C, H, W] in [-1, 1]; one image serves all seeds.
+        masks: bool [B, 1, H, W] or [1, H, W], true where to make new pixels.
+        seeds: one result each; default 0 to B-1.
+        labels, times, steps: see `edit`.
+    Returns:
+        float32 [len(seeds), C, H, W] in [-1, 1].
+    """
+    images = _images(images)
+    masks = masks[None] if masks.ndim == 3 else masks
+    if masks.dtype != torch.bool:
+        raise DataError("a mask is true where to make new pixels: it must be of type bool")
+    if masks.shape[-2:] != images.shape[-2:]:
+        raise DataError(f"the mask is {_size(masks)}, the image {_size(images)}", "give a mask of the image's size")
+    op = Mask(masks.to(model.device))
+    known = op.A(images.to(model.device))
+    made = edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps).to(images)
+    # Through the [-1, 1] clamp of other pixels the known ones could only lose: put them back as they came.
+    return torch.where(masks, made, images)
+
+
+def colorize(
+    model: FlowMap,
+    images: Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    steps: int | None = None,
+    weights: tuple[float, float, float] = Luma.weights,
+) -> Tensor:
+    """Colour grey images; the luma stays.
+
+    Args:
+        images: float32 [B, 3, H, W] in [-1, 1]; of a colour image only the luma is used.
+        weights: of R, G and B in the luma.
+        seeds, labels, times, steps: see `edit`.
+    Returns:
+        float32 [len(seeds), 3, H, W] in [-1, 1].
+    """
+    images = _images(images)
+    if model.card.channels != 3:
+        raise UsageError("colorizing needs a model of colour images")
+    op = Luma(weights)
+    return edit(model, op, op.A(images.to(model.device)), seeds=seeds, labels=labels, times=times, steps=steps)
+
+
+def superres(
+    model: FlowMap,
+    images: Tensor,
+    factor: int,
+    *,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    steps: int | None = None,
+) -> Tensor:
+    """Enlarge images; the mean of every factor x factor block is the small image's pixel.
+
+    Args:
+        images: float32 [B, C, H / factor, W / factor] in [-1, 1], H and W the model's resolution.
+        seeds, labels, times, steps: see `edit`.
+    Returns:
+        float32 [len(seeds), C, H, W] in [-1, 1].
+    """
+    images = _images(images)
+    op = AvgPool(factor)
+    return edit(model, op, images.to(model.device), seeds=seeds, labels=labels, times=times, steps=steps)
+
+
+@torch.inference_mode()
+def edit(
+    model: FlowMap,
+    op: Degradation,
+    known: Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    steps: int | None = None,
+) -> Tensor:
+    """Zero-shot editing with any linear operator: Algorithm 4 of Song et al. (2023), arXiv:2303.01469.
+
+    Args:
+        model: a consistency model.
+        op: what is known of an image.
+        known: op.A(image) for one image, or for one image a seed.
+        seeds: one result each; default one a known image.
+        labels: see `labels_for`.
+        times: decreasing path times; default the model's whole grid without t_min, as in the paper.
+        steps: that many points of the grid instead, evenly spread.
+    Returns:
+        float32 [len(seeds), C, H, W] in [-1, 1] with op.A(result) = known as closely as the range allows.
+    """
+    if model.card.role != "consistency":
+        raise UsageError(
+            "zero-shot editing needs a consistency model, and this is a denoiser", "distil it first: cmtool distill"
+        )
+    if seeds is None:
+        seeds = range(len(known))
+    known = known.to(model.device)
+    filled = op.pinv(known)
+    if tuple(filled.shape[1:]) != model.card.image_shape:
+        raise DataError(
+            f"the result would be {_size(filled)} with {filled.shape[1]} channels, the model makes "
+            f"{model.card.resolution}x{model.card.resolution} with {model.card.channels}",
+            "give an image of the size this model needs",
+        )
+    if len(known) not in (1, len(seeds)):
+        raise UsageError(f"{len(known)} images do not go with {len(seeds)} seeds")
+    points = edit_times(model, steps) if times is None else _times(model, times)
+    classes = labels_for(model, seeds, labels)
+    noise = _noise(list(seeds), model)
+    t_min, t_max = points.new_tensor(model.path.t_min), points[0]
+    start = model.path.diffuse(filled.expand(len(seeds), -1, -1, -1), t_min, t_max, noise(0))
+    constrain = partial(project, op, y=known)
+    wanted = None if classes is None else classes.to(model.device)
+    for state in run_sampler(model, start, points, noise=noise, constrain=constrain, labels=wanted):
+        x = state.denoised
+    return to_range(op, x, known).cpu()
+
+
+def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
+    """The model's grid without its last point t_min (where f changes nothing), or `steps` points of it."""
+    grid = Karras(model.card.grid_rho).times(model.path, model.card.grid_points)[:-1]
+    if steps is None or steps == len(grid):
+        return grid
+    if not 1 <= steps:
+        raise UsageError(f"editing needs at least 1 step, found {steps}")
+    return Karras(model.card.grid_rho).times(model.path, steps + 1)[:-1]
+
+
+def _check_role(model: FlowMap, solver: str | None) -> None:
+    if model.card.role == "denoiser":
+        if solver is None:
+            raise UsageError("this model is a denoiser and needs a solver", "add --solver heun --steps 18")
+        if solver not in (*SOLVERS, "ancestral"):
+            raise UsageError(f"there is no solver {solver!r}", f"one of {', '.join((*SOLVERS, 'ancestral'))}")
+    elif solver is not None:
+        raise UsageError("a consistency model is sampled in --steps and takes no solver", "leave out --solver")
+
+
+def _times(model: FlowMap, times: Sequence[float] | Tensor) -> Tensor:
+    return check_times(model, torch.as_tensor(times, dtype=torch.float32))
+
+
+def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Tensor | None) -> Tensor:
+    if times is not None:
+        points = _times(model, times)
+    else:
+        count = 18 if steps is None else steps
+        if count < 1:
+            raise UsageError(f"--steps must be at least 1, found {count}")
+        grid = Karras(model.card.grid_rho)
+        points = grid.times(model.path, count) if count > 1 else torch.tensor([model.path.t_max])
+    # EDM's last step goes all the way to the clean image.
+    return torch.cat([points, points.new_zeros(1)]) if points[-1] > 0 else points
+
+
+def _solve(
+    model: FlowMap,
+    start: Tensor,
+    points: Tensor,
+    noise: Callable[[int], Tensor],
+    labels: Tensor | None,
+    solver: str,
+    churn: Churn | None,
+    clip: bool,
+) -> tuple[Tensor, int]:
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        estimate = model.denoised(x, t, labels)
+        return estimate.clamp(-1, 1) if clip else estimate
+
+    ancestral = solver == "ancestral"
+    rule: Solver = Euler() if ancestral else SOLVERS[solver]()
+    x, nfe = start, 0
+    for state in solve(rule, denoise, model.path, start, points, noise=noise, churn=churn, ancestral=ancestral):
+        x, nfe = state.x, state.nfe
+    return x, nfe
+
+
+def _noise(seeds: list[int], model: FlowMap) -> Callable[[int], Tensor]:
+    return lambda stream: rng.noise(seeds, model.card.image_shape, stream).to(model.device)
+
+
+def _start(model: FlowMap, points: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
+    # x_T ~ N(0, sigma_max^2): the data's share at t_max is lost in the noise, as in the reference.
+    return model.path.sigma(points[0]).to(model.device) * noise(0)
+
+
+def _images(images: Tensor) -> Tensor:
+    if images.ndim == 3:
+        images = images[None]
+    if images.ndim != 4 or not images.is_floating_point():
+        raise DataError("images must be float tensors of shape [B, C, H, W] in [-1, 1]")
+    return images
+
+
+def _size(x: Tensor) -> str:
+    return f"{x.shape[-1]}x{x.shape[-2]}"

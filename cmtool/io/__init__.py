@@ -1,0 +1,1 @@
+"""Everything that opens files: images, data sets, checkpoints."""

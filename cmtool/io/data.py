@@ -1,0 +1,430 @@
+"""Data sets: many images from one place, in memory, all of one size, with a count of what was done to them.
+
+`open_data` reads the embedded digits, a folder, a zip or an array file. Nothing happens in silence: images are cropped
+and resized only on request, enlarged only on a second request, and files that cannot be read are dropped and counted.
+What does not fit the request is an error and not a loss, so that a data set never shrinks by a forgotten option.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cmtool.errors import DataError, UsageError, nearest
+from cmtool.io.images import UnreadableImageError, flatten, load, quiet_pillow, to_channels
+from cmtool.io.sources import Source, memory_limit, open_source
+
+CROPS = ("center", "none")
+RESIZES = ("box", "bilinear", "bicubic", "lanczos", "none")
+_FILTERS = {name: Image.Resampling[name.upper()] for name in RESIZES if name != "none"}
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file that was dropped, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of a source: every image used, changed or dropped is counted here.
+
+    `converted` counts by the mode of the file (Pillow's names: L, P, RGBA, I;16, ...), `dropped` by reason; `ignored`
+    are files that do not look like images by their name; `classes` holds the images used of each class.
+    """
+
+    source: str
+    used: int
+    resolution: int
+    channels: int
+    crop: str
+    resize: str
+    converted: dict[str, int]
+    cropped: int
+    resized: int
+    enlarged: int
+    dropped: dict[str, int]
+    first_bad: BadFile | None
+    ignored: int
+    classes: dict[str, int]
+
+    def summary(self) -> str:
+        """One line for people."""
+        colours = "RGB" if self.channels == 3 else "grey"
+        parts = [f"{self.used:,} images, {self.resolution}x{self.resolution} {colours}"]
+        parts += [f"{len(self.classes)} classes"] if self.classes else []
+        if self.converted:
+            modes = ", ".join(f"{count:,} {mode}" for mode, count in self.converted.items())
+            parts.append(f"converted {sum(self.converted.values()):,} ({modes})")
+        for count, verb in ((self.cropped, "cropped"), (self.resized, "resized"), (self.enlarged, "enlarged")):
+            parts += [f"{count:,} {verb}"] if count else []
+        if self.dropped:
+            parts.append(f"dropped {sum(self.dropped.values()):,}")
+        text = "; ".join(parts)
+        return f"{text} (first: {self.first_bad.name}: {self.first_bad.reason})" if self.first_bad else text
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images in memory.
+
+    images: uint8 [N, C, H, H]; labels: int64 [N] or None; class_names: one name a label, empty without labels.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...]
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The images at `indices` (int64 [B]) as uint8 [B, C, H, H], and their labels, int64 [B] or None."""
+        return self.images[indices], None if self.labels is None else self.labels[indices]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 over shape, pixels and labels: equal if and only if the data is."""
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            digest.update(b"-" if tensor is None else tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a source holds, before anything is done to it.
+
+    `count` images can be read; `sizes` ("WxH", upright), `modes` and `formats` count them. `resolution` is what
+    `open_data` gives without being asked for one, None if it would refuse; then `hint` says what to ask for.
+    """
+
+    source: str
+    kind: str
+    count: int
+    sizes: dict[str, int]
+    modes: dict[str, int]
+    formats: dict[str, int]
+    classes: dict[str, int]
+    dropped: dict[str, int]
+    first_bad: BadFile | None
+    ignored: int
+    resolution: int | None
+    hint: str
+
+
+def open_data(
+    source: str | Path,
+    *,
+    resolution: int | None = None,
+    crop: str = "center",
+    resize: str = "box",
+    upscale: bool = False,
+    channels: int = 3,
+    limit: int | None = None,
+) -> Dataset:
+    """Read a data set into memory.
+
+    Sources:
+        `digits`, `digits:train`, `digits:test`: the embedded digits (`io/digits.py`).
+        A folder or a zip: all images in it at any depth, in the order of their names. A `dataset.json` at its root
+        gives the labels, {"labels": [[name, int], ...] or null} (the format of EDM); without one the top-level
+        sub-folders are the classes, in the order of their names (of their values, if all are whole numbers). A folder
+        that holds nothing but one folder is looked through, and is no class.
+        `.npz` (images under images, x, arr_0 or data; labels, if any, under labels, y or arr_1) and `.npy`: uint8,
+        [N, H, W], [N, H, W, C] or [N, C, H, W].
+
+    Args:
+        source: as above.
+        resolution: the side wanted. None: all images must have one square size, and are taken as they are.
+        crop: "center" cuts the largest central square; "none" refuses images that are not square.
+        resize: the filter: "box", "bilinear", "bicubic" or "lanczos". "none" never resamples: "center" then cuts a
+            window of `resolution` out of the middle.
+        upscale: let images smaller than `resolution` be enlarged; refused otherwise.
+        channels: 3 for RGB, 1 for grey. Transparent parts are laid on black.
+        limit: read at most so many images, evenly spaced over the source.
+    Raises:
+        DataError: nothing usable, images that do not fit the request, labels that make no sense, too much data.
+        UsageError: an option that is none.
+        DependencyError: the digits without scikit-learn.
+    """
+    for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
+        if value not in known:
+            raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
+    if channels not in (1, 3):
+        raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
+    if resolution is not None and resolution < 1:
+        raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
+    if limit is not None and limit < 1:
+        raise UsageError(f"cannot take {limit} images", "take at least 1")
+
+    with quiet_pillow(), open_source(str(source), resolution) as opened:
+        chosen = opened.evenly(limit)
+        plan = _Plan(resolution or _first_side(opened, chosen), crop, resize, upscale, channels, resolution is None)
+        pixels, tally = _fill(opened, chosen, plan)
+    if tally.first_misfit:
+        raise _misfit_error(opened.name, plan, tally)
+    if not tally.kept:
+        raise _nothing_usable(opened.name, tally)
+
+    report = Report(
+        source=opened.name,
+        used=len(tally.kept),
+        resolution=plan.resolution,
+        channels=channels,
+        crop=crop,
+        resize=resize,
+        converted=_sorted(tally.converted),
+        cropped=tally.cropped,
+        resized=tally.resized,
+        enlarged=tally.enlarged,
+        dropped=_sorted(tally.dropped),
+        first_bad=tally.first_bad,
+        ignored=opened.ignored,
+        classes=opened.count_classes(tally.kept),
+    )
+    labels = None if opened.labels is None else torch.tensor([opened.labels[index] for index in tally.kept])
+    return Dataset(torch.from_numpy(pixels), labels, opened.class_names, report)
+
+
+def inspect_data(source: str | Path) -> Inspection:
+    """Look at every image of a source (see `open_data`) without asking anything of it.
+
+    Raises:
+        DataError: the source itself cannot be read, or holds no image file at all. Broken images are no error here.
+    """
+    with quiet_pillow(), open_source(str(source)) as opened:
+        tally = _in_chunks(range(len(opened.names)), lambda chunk: _survey(opened, chunk))
+    sizes = [size for size, _ in tally.sizes.most_common()]
+    ready = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
+    hint = "" if ready or not sizes else f"use it with --resolution {_shortest(tally)}, or another size"
+    return Inspection(
+        source=opened.name,
+        kind=opened.kind,
+        count=len(tally.kept),
+        sizes={f"{width}x{height}": tally.sizes[width, height] for width, height in sizes},
+        modes=_sorted(tally.modes),
+        formats=_sorted(tally.formats),
+        classes=opened.count_classes(tally.kept),
+        dropped=_sorted(tally.dropped),
+        first_bad=tally.first_bad,
+        ignored=opened.ignored,
+        resolution=sizes[0][0] if ready else None,
+        hint=hint,
+    )
+
+
+# From files to pixels.
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every image has to become. `exact`: it must be of that size already."""
+
+    resolution: int
+    crop: str
+    resize: str
+    upscale: bool
+    channels: int
+    exact: bool = False
+
+    def misfit(self, size: tuple[int, int]) -> str:
+        """Why an image of this size cannot become one of the data set; empty if it can."""
+        short, square = min(size), size[0] == size[1]
+        if self.exact:
+            return "" if square and short == self.resolution else "another size"
+        if self.crop == "none" and not square:
+            return "not square"
+        if self.resize == "none" and self.crop == "none":
+            return "" if short == self.resolution else "another size"
+        if short < self.resolution and (self.resize == "none" or not self.upscale):
+            return "too small"
+        return ""
+
+    def window(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The part of the image that is kept: left, upper, right, lower."""
+        side = self.resolution if self.resize == "none" else min(size)
+        left, upper = (size[0] - side) // 2, (size[1] - side) // 2
+        return left, upper, left + side, upper + side
+
+
+@dataclass
+class _Tally:
+    """Counts over some of the images."""
+
+    kept: list[int] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    converted: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    cropped: int = 0
+    resized: int = 0
+    enlarged: int = 0
+    misfits: int = 0
+    first_bad: BadFile | None = None
+    first_misfit: tuple[str, tuple[int, int]] | None = None
+
+    def drop(self, error: UnreadableImageError) -> None:
+        self.dropped[error.reason] += 1
+        self.first_bad = self.first_bad or BadFile(error.name, error.reason)
+
+    def add(self, later: _Tally) -> None:
+        """Take in the counts of later images."""
+        for name, value in vars(later).items():
+            if name.startswith("first"):
+                setattr(self, name, getattr(self, name) or value)
+            elif isinstance(value, int):
+                setattr(self, name, getattr(self, name) + value)
+            elif isinstance(value, Counter):
+                getattr(self, name).update(value)
+        self.kept += later.kept
+
+
+def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[np.uint8], _Tally]:
+    """Decode the chosen images into one array [N, C, H, H]; those that fail leave no gap."""
+    side = plan.resolution
+    shape = (len(chosen), plan.channels, side, side)
+    need, room = math.prod(shape) / 2**30, memory_limit() / 2**30
+    if need > room:
+        message = (
+            f"{len(chosen):,} images of {side}x{side} need {need:.1f} GiB, this machine has {room:.1f} GiB for them"
+        )
+        raise DataError(message, "use a smaller --resolution or fewer images")
+    pixels = np.empty(shape, np.uint8)
+    hopeless = False
+
+    def work(places: range) -> _Tally:
+        nonlocal hopeless
+        tally = _Tally()
+        for place in places:
+            name = source.names[chosen[place]]
+            try:
+                image = source.open(chosen[place])
+                mode, size = image.mode, image.size
+                tally.sizes[size] += 1
+                if plan.misfit(size):
+                    tally.misfits += 1
+                    tally.first_misfit = tally.first_misfit or (name, size)
+                    hopeless = True
+                if hopeless:  # from here on only headers are read, to say how many there are
+                    continue
+                image = to_channels(flatten(*load(image, name)), plan.channels)
+            except UnreadableImageError as error:
+                tally.drop(error)
+                continue
+            if mode != image.mode:
+                tally.converted[mode] += 1
+            window = plan.window(image.size)
+            if window != (0, 0, *image.size):
+                tally.cropped += 1
+                image = image.crop(window)
+            if image.width != side:
+                tally.resized += 1
+                tally.enlarged += image.width < side
+                image = image.resize((side, side), _FILTERS[plan.resize])
+            pixels[place] = np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+            tally.kept.append(place)
+        return tally
+
+    tally = _in_chunks(range(len(chosen)), work)
+    for place, kept in enumerate(tally.kept):
+        if place != kept:
+            pixels[place] = pixels[kept]
+    pixels = pixels[: len(tally.kept)]
+    tally.kept = [chosen[place] for place in tally.kept]
+    return pixels, tally
+
+
+def _survey(source: Source, indices: range) -> _Tally:
+    """Count what some of the images are."""
+    tally = _Tally()
+    for index in indices:
+        try:
+            image = source.open(index)
+            mode, encoding = image.mode, image.format
+            colour, _ = load(image, source.names[index])
+        except UnreadableImageError as error:
+            tally.drop(error)
+            continue
+        tally.kept.append(index)
+        tally.sizes[colour.size] += 1
+        tally.modes[mode] += 1
+        tally.formats[encoding or "array"] += 1
+    return tally
+
+
+def _in_chunks(places: range, work: Callable[[range], _Tally]) -> _Tally:
+    """Run `work` over `places` in a few threads (decoders release the interpreter) and add up in order."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    chunks = (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
+    total = _Tally()
+    with ThreadPoolExecutor(min(8, cores)) as pool:
+        for tally in pool.map(work, chunks):
+            total.add(tally)
+    return total
+
+
+def _first_side(source: Source, chosen: Sequence[int]) -> int:
+    """The shorter side of the first readable image."""
+    tally = _Tally()
+    for index in chosen:
+        try:
+            colour, _ = load(source.open(index), source.names[index])
+            return min(colour.size)
+        except UnreadableImageError as error:
+            tally.drop(error)
+    raise _nothing_usable(source.name, tally)
+
+
+def _shortest(tally: _Tally) -> int:
+    return min(min(size) for size in tally.sizes)
+
+
+def _misfit_error(source: str, plan: _Plan, tally: _Tally) -> DataError:
+    assert tally.first_misfit is not None
+    name, (width, height) = tally.first_misfit
+    which = f"found {tally.misfits:,} others, first {name} with {width}x{height}"
+    if plan.exact:
+        sizes = [f"{width}x{height} ({count:,})" for (width, height), count in tally.sizes.most_common()]
+        which = f"found {', '.join(sizes[:4])}" + (f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else "")
+        hint = f"--resolution {_shortest(tally)} crops and resizes all images to one size"
+        return DataError(f"expected images of one square size in {source!r}, {which}", hint)
+    reason = plan.misfit((width, height))
+    if reason == "not square":
+        return DataError(f"expected square images in {source!r}, {which}", "cut out the middle with --crop center")
+    wanted = f"{plan.resolution}x{plan.resolution}"
+    if reason == "another size":
+        return DataError(f"expected images of {wanted} in {source!r}, {which}", "resize them, with --resize box")
+    hint = f"use --resolution {_shortest(tally)}"
+    hint += " or less" if plan.resize == "none" else ", or allow enlarging with --upscale"
+    return DataError(f"expected images of at least {wanted} in {source!r}, {which}", hint)
+
+
+def _nothing_usable(source: str, tally: _Tally) -> DataError:
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in tally.dropped.most_common(3))
+    first = f", first {tally.first_bad.name}" if tally.first_bad else ""
+    return DataError(
+        f"no image in {source!r} can be read: {reasons}{first}", "open one in an image viewer, or copy them again"
+    )
+
+
+def _sorted(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,140 @@
+"""Run folders: what a training leaves on disk.
+
+config.json          the resolved recipe, data and options; `--config` reads it back
+metrics.jsonl        one line a report
+samples/NNNNNNN.png  a grid from the average, always from the same seeds
+checkpoints/         step_NNNNNNN.pt, the state to continue from
+model.safetensors    the average weights
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cmtool.errors import CheckpointError, UsageError
+from cmtool.io import checkpoint
+from cmtool.io.files import write_atomic
+
+if TYPE_CHECKING:
+    from cmtool.training.trainer import Trainer
+
+_KEEP = 2  # training states kept; each holds the model several times over
+
+
+class RunFolder:
+    """One training's folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    def prepare(self, config: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder and write its config.
+
+        Raises:
+            UsageError: if the folder holds something already and `overwrite` is false, or holds no run at all.
+        """
+        if self.path.exists():
+            if not self.path.is_dir():
+                raise UsageError(f"--out {self.path} is a file, not a folder", "name a new folder")
+            if any(self.path.iterdir()):
+                if not overwrite:
+                    raise UsageError(
+                        f"the folder {self.path} is not empty",
+                        "continue it with --resume, or replace it with --overwrite",
+                    )
+                if not self.config_file.is_file():
+                    raise UsageError(
+                        f"the folder {self.path} holds something that is no run",
+                        "name another folder; --overwrite replaces runs only",
+                    )
+                for name in ("checkpoints", "samples"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE):
+                    (self.path / name).unlink(missing_ok=True)
+        text = json.dumps(config, indent=2) + "\n"
+        try:
+            write_atomic(self.config_file, lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise UsageError(
+                f"cannot write to {self.path}: {error.strerror or error}", "name another folder with --out"
+            ) from error
+
+    def config(self) -> dict[str, Any]:
+        """The config of an existing run.
+
+        Raises:
+            CheckpointError: if there is none or it cannot be read.
+        """
+        return read_config(self.config_file)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def sample_file(self, step: int) -> Path:
+        """Where the sample grid of a step goes."""
+        return self.path / "samples" / f"{step:07d}.png"
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the average weights and the training state; older states are pruned after the new one is complete."""
+        import torch
+
+        checkpoint.save(trainer.average, self.path / checkpoint.MODEL_FILE)
+        folder = self.path / "checkpoints"
+        try:
+            write_atomic(folder / f"step_{trainer.step:07d}.pt", lambda file: torch.save(trainer.state_dict(), file))
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write the checkpoint of step {trainer.step}: {error.strerror or error}",
+                "free some space; earlier checkpoints are intact",
+            ) from error
+        for old in sorted(folder.glob("step_*.pt"))[:-_KEEP]:
+            old.unlink(missing_ok=True)
+
+    def latest(self) -> dict[str, Any] | None:
+        """The newest training state, or None if there is none yet.
+
+        Raises:
+            CheckpointError: if it cannot be read.
+        """
+        import pickle
+
+        import torch
+
+        states = sorted((self.path / "checkpoints").glob("step_*.pt"))
+        if not states:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(states[-1], map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            raise CheckpointError(
+                f"the checkpoint {states[-1]} cannot be read", "delete it to continue from the one before"
+            ) from error
+        return state
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json as plain values.
+
+    Raises:
+        CheckpointError: if there is none or it cannot be read.
+    """
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {path}", "name the config.json of a run") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON", "name the config.json of a run") from error
+    if not isinstance(config, dict) or "recipe" not in config:
+        raise CheckpointError(f"{path} is no config of a run: it has no recipe", "name the config.json of a run")
+    return config

@@ -1,0 +1,338 @@
+"""Where the images of a data set lie: each source as a list of named images with labels, none decoded yet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cmtool.errors import DataError, nearest
+from cmtool.io.digits import CLASS_NAMES, PARTS, RESOLUTION, digits
+from cmtool.io.images import MAX_BYTES, SUFFIXES, UnreadableImageError, read_bytes
+from cmtool.io.images import open_image as open_encoded
+
+EMBEDDED = {"digits" if part == "all" else f"digits:{part}": part for part in PARTS}
+MAX_CLASSES = 100_000
+_IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "arr_0", "data"), ("labels", "y", "arr_1")
+_LABELS_FILE = "dataset.json"
+_LABELS_HINT = 'the form is {"labels": [["folder/image.png", 0], ...]}, or null for no labels'
+_COPY_HINT = "copy or download it again"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images of one place, in order.
+
+    Args:
+        name: the place as the user wrote it; kind: folder, zip, npz, npy or digits.
+        names: one a image, for messages.
+        open: gives image k with its header read (Pillow's size, mode, format); `images.load` decodes it. Safe to call
+            from several threads; raises UnreadableImageError.
+        labels: one a image, or None.
+        class_names: one a label; empty without labels.
+        ignored: files that are no images by their name.
+    """
+
+    name: str
+    kind: str
+    names: Sequence[str]
+    open: Callable[[int], Image.Image]
+    labels: Sequence[int] | None = None
+    class_names: tuple[str, ...] = ()
+    ignored: int = 0
+
+    def evenly(self, limit: int | None) -> Sequence[int]:
+        """The indices of all images, or of `limit` of them spread evenly."""
+        count = len(self.names)
+        return range(count) if limit is None or limit >= count else [k * count // limit for k in range(limit)]
+
+    def count_classes(self, kept: Sequence[int]) -> dict[str, int]:
+        """How many of the images `kept` each class has."""
+        if self.labels is None:
+            return {}
+        counts = Counter(self.labels[index] for index in kept)
+        return {name: counts[label] for label, name in enumerate(self.class_names)}
+
+
+@contextlib.contextmanager
+def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
+    """List the images of a place; `open_data` says which places there are.
+
+    Args:
+        resolution: what the digits are drawn at; the others are as they are.
+    Raises:
+        DataError: the place cannot be read, holds no images, or its labels make no sense.
+        DependencyError: the digits without scikit-learn.
+    """
+    if name in EMBEDDED:
+        images, labels = digits(EMBEDDED[name], resolution or RESOLUTION)
+        yield _from_array(name, "digits", images, labels.tolist(), CLASS_NAMES)
+        return
+    path = Path(name)
+    try:
+        is_folder = stat.S_ISDIR(path.stat().st_mode)
+    except (OSError, ValueError) as error:
+        close = nearest(name, EMBEDDED)
+        hint = close if close.startswith("did") else "name a folder, a zip, an .npz or .npy file, or digits"
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise DataError(f"expected image data in {name!r}, found: {reason}", hint) from None
+    if is_folder:
+        yield _from_folder(name, path)
+    elif path.suffix.lower() in (".npz", ".npy"):
+        yield _from_arrays_file(name, path)
+    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        with _undamaged(name):
+            archive = zipfile.ZipFile(path)
+        with archive:
+            yield _from_zip(name, archive)
+    else:
+        raise DataError(f"expected a folder, a zip, an .npz or an .npy file, found {name!r}", _other_file_hint(path))
+
+
+def memory_limit() -> int:
+    """Bytes that a data set may take: four fifths of the machine's memory."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4 // 5
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return 2**63 - 1
+
+
+def _other_file_hint(path: Path) -> str:
+    if ".tar" in path.suffixes or path.suffix in (".tgz", ".txz"):
+        return f"unpack it first: tar -xf {path}"
+    if path.suffix.lower() in SUFFIXES:
+        return f"name the folder of the images: {path.parent}"
+    return "put the images into a folder or a zip"
+
+
+# Folders and zips.
+
+
+def _from_folder(source: str, root: Path) -> Source:
+    names: list[str] = []
+    ignored = 0
+    visited = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename!r}: {error.strerror}", "check its permissions") from None
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:  # a link back up
+            subfolders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
+        inside = Path(folder).relative_to(root)
+        images = [name for name in files if _is_image(name)]
+        names += [(inside / name).as_posix() for name in images]
+        ignored += sum(not _hidden(name) for name in files) - len(images)
+    names.sort()
+
+    def read(name: str) -> bytes:
+        return read_bytes(root / name, name)
+
+    return _labelled(source, "folder", names, read, lambda name: (root / name).is_file(), ignored)
+
+
+def _from_zip(source: str, archive: zipfile.ZipFile) -> Source:
+    members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
+    visible = [name for name in members if not any(_hidden(part) for part in name.split("/"))]
+    names = sorted(name for name in visible if _is_image(name))
+
+    def read(name: str) -> bytes:
+        info = members[name]
+        if info.flag_bits & 1:
+            raise UnreadableImageError(name, "encrypted", "unpack the zip with its password")
+        if info.file_size > MAX_BYTES:
+            raise UnreadableImageError(name, f"more than {MAX_BYTES >> 20} MiB", "leave it out")
+        try:
+            with archive.open(info) as file:
+                return file.read()  # zipfile stops at the declared size, then compares the checksum
+        except Exception as error:  # of a dozen kinds, one for each way to be broken
+            raise UnreadableImageError(name, "damaged in the zip", _COPY_HINT) from error
+
+    return _labelled(source, "zip", names, read, members.__contains__, len(visible) - len(names))
+
+
+def _labelled(
+    source: str,
+    kind: str,
+    names: list[str],
+    read: Callable[[str], bytes],
+    exists: Callable[[str], bool],
+    ignored: int,
+) -> Source:
+    """Images by name, with labels from `dataset.json`, else from the top-level folders."""
+    if not names:
+        found = f"{ignored:,} other files" if ignored else "nothing"
+        raise DataError(f"expected images in {source!r}, found {found}", f"images end in {', '.join(sorted(SUFFIXES))}")
+
+    def open_image(index: int) -> Image.Image:
+        return open_encoded(read(names[index]), names[index])
+
+    root = _wrapper(names, exists)
+    if exists(root + _LABELS_FILE):
+        where = f"{root}{_LABELS_FILE} in {source!r}"
+        try:
+            content = read(root + _LABELS_FILE)
+        except UnreadableImageError as error:
+            raise DataError(f"cannot read {where}: {error.reason}", error.hint) from None
+        labels, class_names = _labels_from_json(content, [name[len(root) :] for name in names], where)
+        return Source(source, kind, names, open_image, labels, class_names, ignored - 1)
+
+    tops = [name[len(root) :].rpartition("/")[0].partition("/")[0] for name in names]
+    folders = set(tops) - {""}
+    if not folders:
+        return Source(source, kind, names, open_image, ignored=ignored)
+    if "" in tops:
+        loose = names[tops.index("")]
+        message = f"{source!r} has {len(folders)} class folders, and images beside them (first {loose!r})"
+        raise DataError(message, "move them into a class folder, or put all images into one folder for no classes")
+    numbers = all(folder.isascii() and folder.isdigit() for folder in folders)
+    class_names = tuple(sorted(folders, key=lambda name: (int(name) if numbers else 0, name)))
+    label_of = {name: label for label, name in enumerate(class_names)}
+    return Source(source, kind, names, open_image, [label_of[top] for top in tops], class_names, ignored)
+
+
+def _wrapper(names: list[str], exists: Callable[[str], bool]) -> str:
+    """The folder ("a/b/", or "") that holds everything: an only folder is a wrapper, not a class."""
+    root = ""
+    while not exists(root + _LABELS_FILE):
+        top, slash, _ = names[0][len(root) :].partition("/")
+        if not slash or not all(name.startswith(f"{root}{top}/") for name in names):
+            break
+        root += top + "/"
+    return root
+
+
+def _labels_from_json(content: bytes, names: list[str], where: str) -> tuple[list[int] | None, tuple[str, ...]]:
+    try:
+        entries = json.loads(content)["labels"]
+        of_name = None if entries is None else {str(name).replace("\\", "/"): label for name, label in entries}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError(f"{where} holds no labels", _LABELS_HINT) from None
+    if of_name is None:
+        return None, ()
+    missing = [name for name in names if name not in of_name]
+    if missing:
+        found = f"{len(missing):,} of {len(names):,} images, first {missing[0]!r}"
+        raise DataError(f"{where} has no label for {found}", _LABELS_HINT)
+    labels = [of_name[name] for name in names]
+    for name, label in zip(names, labels, strict=True):
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise DataError(f"{where}: the label of {name!r} is {label!r}, not a whole number", _LABELS_HINT)
+    return labels, _numbered_classes(labels, where)
+
+
+def _numbered_classes(labels: Sequence[int], where: str) -> tuple[str, ...]:
+    low, high = min(labels), max(labels)
+    if low < 0 or high >= MAX_CLASSES:
+        hint = f"count the classes from 0, at most {MAX_CLASSES:,} of them"
+        raise DataError(f"{where} has labels from {low} to {high}", hint)
+    return tuple(str(label) for label in range(high + 1))
+
+
+def _is_image(name: str) -> bool:
+    return not _hidden(name.rpartition("/")[2]) and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+# Arrays.
+
+
+def _from_array(
+    source: str, kind: str, array: NDArray[np.uint8], labels: list[int] | None, class_names: tuple[str, ...]
+) -> Source:
+    names = [f"image {index}" for index in range(len(array))]
+    return Source(source, kind, names, lambda index: Image.fromarray(array[index]), labels, class_names)
+
+
+def _from_arrays_file(source: str, path: Path) -> Source:
+    images: Any
+    labels: Any = None
+    with _undamaged(source):
+        content = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            kind, images = "npy", content
+        else:
+            with content:
+                size = sum(info.file_size for info in content.zip.infolist())
+                if size > memory_limit():
+                    raise DataError(f"{source!r} unpacks to {size / 2**30:.1f} GiB", "split it")
+                image_key = next((key for key in _IMAGE_KEYS if key in content), None)
+                label_key = next((key for key in _LABEL_KEYS if key in content), None)
+                if image_key is None:
+                    found = ", ".join(content) or "nothing"
+                    raise DataError(
+                        f"expected images in {source!r}, found the arrays {found}", f"name one {_either(_IMAGE_KEYS)}"
+                    )
+                kind, images = "npz", content[image_key]
+                labels = content[label_key] if label_key else None
+    images = _channels_last(images, source)
+    if labels is None:
+        return _from_array(source, kind, images, None, ())
+    if getattr(labels, "shape", None) == (len(images), 1):
+        labels = labels[:, 0]
+    if getattr(labels, "shape", None) != (len(images),) or labels.dtype.kind not in "iu":
+        message = f"expected {len(images):,} whole numbers as labels in {source!r}, found {_describe(labels)}"
+        raise DataError(message, "for one-hot labels save labels.argmax(1)")
+    labels = labels.tolist()
+    return _from_array(source, kind, images, labels, _numbered_classes(labels, repr(source)))
+
+
+def _channels_last(images: Any, source: str) -> NDArray[np.uint8]:
+    """Images as [N, H, W] or [N, H, W, 3], whichever way round they were stored."""
+    found = f"in {source!r}, found {_describe(images)}"
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        hint = "for values from 0 to 1 save (255 * x).round().astype('uint8')"
+        raise DataError(f"expected uint8 images {found}", hint)
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise DataError(f"expected images [N, H, W], [N, H, W, C] or [N, C, H, W] {found}", "reshape the array")
+    if images.ndim == 3:
+        return images
+    last, first = images.shape[3] in (1, 3), images.shape[1] in (1, 3)
+    if last and first:
+        raise DataError(f"cannot tell which axis holds the colours {found}", "save larger images, as [N, H, W, C]")
+    if not last and not first:
+        raise DataError(f"expected an axis of 1 or 3 colours {found}", "save [N, H, W, 3]")
+    images = images if last else np.moveaxis(images, 1, -1)
+    return images[..., 0] if images.shape[-1] == 1 else images
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def _either(words: Sequence[str]) -> str:
+    return ", ".join(words[:-1]) + " or " + words[-1]
+
+
+@contextlib.contextmanager
+def _undamaged(source: str) -> Iterator[None]:
+    """zipfile and numpy answer bad bytes with a dozen kinds of exception; only calls to them belong inside."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        if "pickle" in str(error).lower():  # numpy takes all bytes that it does not know for a pickle
+            message = f"expected plain arrays in {source!r}, found pickled objects or none at all"
+            raise DataError(message, "save it with numpy.save or numpy.savez as uint8") from error
+        reason = str(error) or type(error).__name__
+        message = f"{source!r} is damaged or cut off: {reason[:1].lower()}{reason[1:]}"
+        raise DataError(message, _COPY_HINT) from error

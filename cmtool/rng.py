@@ -1,0 +1,64 @@
+"""Random numbers: one stream a sample, and randomness shared between two forward passes.
+
+Every image has a seed, and everything random about it (its start, its label, the noise of each step) is a stream of
+that seed alone. So image k is the same image for any batch size, order or number of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_SEED = 2**63 - 1
+_LABEL_STREAM = 2**32  # far from the streams of noise, which are step numbers
+
+
+def noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal noise of one seed a row.
+
+    Drawn on the CPU from a counter-based generator (Philox) whose key is (seed, stream), so that neither other rows nor
+    the device matter.
+
+    Args:
+        seeds: one integer a sample, 0 <= seed < 2^63.
+        shape: shape of one sample.
+        stream: which of the seed's streams: 0 is the start x_T, i the noise of step i.
+    Returns:
+        float32 tensor of shape [len(seeds), *shape] on the CPU.
+    """
+    out = np.empty((len(seeds), *shape), dtype=np.float32)
+    for row, seed in zip(out, seeds, strict=True):
+        _generator(seed, stream).standard_normal(dtype=np.float32, out=row)
+    return torch.from_numpy(out)
+
+
+def labels(seeds: Sequence[int], num_classes: int) -> Tensor:
+    """One class index a seed, uniform over `num_classes`; int64 [len(seeds)]."""
+    return torch.tensor([int(_generator(seed, _LABEL_STREAM).integers(num_classes)) for seed in seeds])
+
+
+def _generator(seed: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
+
+
+def derive(seed: int, *streams: int) -> int:
+    """A new seed from a seed and any number of stream numbers, well mixed (for torch's own generators)."""
+    return int(np.random.SeedSequence((seed, *streams)).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def forked(seed: int, device: torch.device | str) -> Iterator[None]:
+    """Run a block with torch's global generators (CPU and `device`) set to `seed`, and put them back afterwards.
+
+    Two blocks forked with the same seed drop the same units: consistency methods compare two outputs of one network
+    under one dropout mask (Song et al. 2023, appendix C).
+    """
+    device = torch.device(device)
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        torch.manual_seed(seed)
+        yield

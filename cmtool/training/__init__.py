@@ -1,0 +1,1 @@
+"""Objectives, their parts, presets and the trainer."""

@@ -1,0 +1,139 @@
+"""Distances d(a, b) between two batches of images; one number a sample.
+
+`L1`, `L2` and `PseudoHuber` are stateless. `LPIPS` needs a pretrained trunk: its config says which, `build` makes the
+module from weights the caller has already read, so that a missing file is found before anything else starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class L1:
+    """Mean of |a - b| over channels and pixels."""
+
+    kind: ClassVar[str] = "l1"
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class L2:
+    """Mean of (a - b)^2 over channels and pixels (the square, not the norm).
+
+    Args:
+        resize: compare at this resolution, bilinear ("l2-32" of OpenAI's code is 32); None compares as is.
+    """
+
+    kind: ClassVar[str] = "l2"
+    resize: int | None = None
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        if self.resize is not None:
+            a, b = (F.interpolate(x, size=self.resize, mode="bilinear") for x in (a, b))
+        return (a - b).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    """sqrt(|a - b|^2 + c^2) - c with the norm of the whole image. Song and Dhariwal (2023), arXiv:2310.14189, eq. 7.
+
+    Args:
+        c: the crossover from square to norm; None is the paper's 0.00054 sqrt(d) for images of d numbers.
+    """
+
+    kind: ClassVar[str] = "pseudo_huber"
+    c: float | None = None
+
+    def __post_init__(self) -> None:
+        # c = 0 would be the plain norm, whose gradient at zero distance is 0 / 0.
+        if self.c is not None and not self.c > 0:
+            raise ValueError(f"c must be positive, found {self.c}")
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        c = 0.00054 * math.sqrt(a[0].numel()) if self.c is None else self.c
+        return ((a - b).square().flatten(1).sum(1) + c * c).sqrt() - c
+
+
+@dataclass(frozen=True)
+class LPIPS:
+    """Learned perceptual similarity, Zhang et al. (2018), arXiv:1801.03924, from the `lpips` package.
+
+    Images narrower than 256 are enlarged to 224 first, as Song et al. (2023) train it.
+    """
+
+    kind: ClassVar[str] = "lpips"
+    net: Literal["vgg", "alex"] = "vgg"
+
+    def build(self, backbone: Mapping[str, Tensor]) -> LPIPSModule:
+        """The module, from the trunk's torchvision state dict (`features.N.weight`, ...)."""
+        return LPIPSModule(self, backbone)
+
+
+class LPIPSModule(nn.Module):
+    """`LPIPS` with its weights; frozen."""
+
+    def __init__(self, config: LPIPS, backbone: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        lpips = import_lpips()
+        self.model: Any = lpips.LPIPS(net=config.net, pnet_rand=True, verbose=False)
+        # Both sides number the layers of `features` alike; lpips only groups them into slices.
+        state = {name: backbone["features." + name.split(".", 1)[1]] for name in self.model.net.state_dict()}
+        self.model.net.load_state_dict(state, strict=True)
+        self.requires_grad_(False).eval()
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        if a.shape[-1] < 256:
+            a, b = (F.interpolate(x, size=224, mode="bilinear") for x in (a, b))
+        return self.model(a, b).flatten()
+
+    def train(self, mode: bool = True) -> LPIPSModule:
+        """Stays in evaluation mode: its dropout would make the distance random."""
+        return super().train(False)
+
+
+def import_lpips() -> Any:
+    """The `lpips` package, or a DependencyError that says how to mend the installation."""
+    import warnings
+
+    from cmtool.compat import repair_torchvision
+    from cmtool.errors import DependencyError
+
+    repair_torchvision()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips still calls torchvision's old `pretrained=`
+            import lpips
+    except (ImportError, RuntimeError) as error:
+        raise DependencyError(
+            f"the LPIPS distance needs the lpips and torchvision packages, which do not load: {error}",
+            "install a torchvision built for your torch, or choose --set objective.distance=pseudo_huber",
+        ) from error
+    return lpips
+
+
+def needs_backbone(distance: object) -> bool:
+    """Whether the distance has to be built from pretrained weights."""
+    return isinstance(distance, LPIPS)
+
+
+def build(distance: Any, backbone: Mapping[str, Tensor] | None) -> Distance:
+    """The callable of a distance's config."""
+    if isinstance(distance, LPIPS):
+        if backbone is None:
+            raise ValueError("LPIPS needs the weights of its trunk")
+        return distance.build(backbone)
+    return distance  # type: ignore[no-any-return]
+
+
+DISTANCES: dict[str, type] = {d.kind: d for d in (L1, L2, PseudoHuber, LPIPS)}

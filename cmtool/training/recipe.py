@@ -1,0 +1,105 @@
+"""`Recipe`: everything that defines a training, as plain data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from cmtool.flow.flow_map import Role
+from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Velocity
+from cmtool.flow.path import PATHS, VE, Linear, Trig
+from cmtool.networks import CONFIGS
+from cmtool.networks.configs import ADMConfig, DDPMppConfig
+from cmtool.times import CURRICULA, GRIDS, TIME_SAMPLERS
+from cmtool.training.average import AVERAGES, Exponential, HalfLife
+from cmtool.training.distances import DISTANCES
+from cmtool.training.objectives import OBJECTIVES, Consistency, Denoising
+from cmtool.training.targets import TARGETS
+from cmtool.training.trajectory import TRAJECTORIES
+from cmtool.training.weights import WEIGHTS
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer and its learning rate over the training.
+
+    lr(p) = lr * min(1, images / warmup) * (final + (1 - final) (1 + cos(pi p)) / 2), p the share of the training done;
+    final = 1 is a constant rate.
+    """
+
+    kind: ClassVar[str] = "optimizer"
+    rule: Literal["radam", "adam", "adamw"] = "radam"
+    lr: float = 4e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0  # images
+    final: float = 1.0
+    clip_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"the learning rate must be positive, found {self.lr}")
+
+    def rate(self, progress: float, images: int) -> float:
+        """The learning rate at this point of the training."""
+        rise = min(1.0, images / self.warmup) if self.warmup else 1.0
+        fall = self.final + (1 - self.final) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+        return self.lr * rise * fall
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training, resolved: no default is left to be looked up elsewhere."""
+
+    preset: str
+    role: Role
+    objective: Denoising | Consistency
+    network: DDPMppConfig | ADMConfig
+    path: VE | Linear | Trig = field(default_factory=VE)
+    parameterization: EDM | BoundaryEDM | Velocity = field(default_factory=BoundaryEDM)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    averages: tuple[Exponential | HalfLife, ...] = (Exponential(),)
+    init_from_teacher: bool = False
+    iterations: int = 10_000
+    batch: int = 512
+    flip: bool = False  # mirror half of the images
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.batch < 1:
+            raise ValueError(f"iterations and batch must be at least 1, found {self.iterations} and {self.batch}")
+        if not self.averages:
+            raise ValueError("at least one average of the weights is needed: it is what is sampled from")
+
+
+KINDS: dict[str, type[Any]] = {
+    **PATHS,
+    **PARAMETERIZATIONS,
+    **TIME_INPUTS,
+    **GRIDS,
+    **CURRICULA,
+    **TIME_SAMPLERS,
+    **DISTANCES,
+    **WEIGHTS,
+    **TARGETS,
+    **TRAJECTORIES,
+    **OBJECTIVES,
+    **AVERAGES,
+    **CONFIGS,
+}
+
+
+def leaves(component: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted name, value) of every constant: what `--set` can reach."""
+    import dataclasses
+
+    if dataclasses.is_dataclass(component):
+        for f in dataclasses.fields(component):
+            yield from leaves(getattr(component, f.name), f"{prefix}{f.name}.")
+    elif isinstance(component, tuple) and any(dataclasses.is_dataclass(item) for item in component):
+        for i, item in enumerate(component):
+            yield from leaves(item, f"{prefix}{i}.")
+    else:
+        yield prefix.rstrip("."), component

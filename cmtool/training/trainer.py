@@ -1,0 +1,245 @@
+"""`Trainer`: one loop for every objective.
+
+`run` is a generator: it does a step and yields a `Report`; the caller decides when to log, sample, save and stop. The
+trainer knows no files and prints nothing.
+
+Every random number of a step comes from (seed, step), and the order of the data from (seed, epoch), so a run that is
+continued from a checkpoint goes on exactly as if it had not been stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from cmtool import networks, rng
+from cmtool.errors import DataError, DivergenceError
+from cmtool.flow.flow_map import FlowMap, ModelCard
+from cmtool.training.average import blend
+from cmtool.training.recipe import Optimizer, Recipe
+from cmtool.training.trajectory import Batch
+
+_CHECK_EVERY = 20  # steps between looks at whether the losses are finite; each look waits for the device
+
+
+class Images(Protocol):
+    """What a data set has to offer: uint8 images by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Report(NamedTuple):
+    """One finished step. The losses are tensors on the device: reading them waits for it."""
+
+    step: int  # 1 after the first
+    images: int
+    progress: float
+    loss: Tensor  # mean over the batch
+    per_sample: Tensor  # [B]
+    t: Tensor  # [B], the times of `per_sample`
+    grad_norm: Tensor
+    lr: float
+
+
+class Order:
+    """The infinite order of the data: a new permutation an epoch, from (seed, epoch) alone."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def indices(self, position: int, count: int) -> Tensor:
+        """The `count` indices that follow after `position` samples; int64."""
+        parts = []
+        while count:
+            epoch, offset = divmod(position, self.size)
+            if epoch != self._epoch:
+                generator = torch.Generator().manual_seed(rng.derive(self.seed, 1, epoch))
+                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
+            part = self._permutation[offset : offset + count]
+            parts.append(part)
+            position, count = position + len(part), count - len(part)
+        return torch.cat(parts)
+
+
+class Trainer:
+    """Trains a model by a recipe.
+
+    Args:
+        recipe: what to do.
+        data: uint8 images by index.
+        card: the model card of the result; its `role`, `preset` and `iterations` are filled in here.
+        teacher: the model to follow; required by recipes that distil.
+        init: weights to start from; the teacher itself is used where the recipe says so.
+        backbone: pretrained trunk of LPIPS, where the recipe needs it.
+        seed: of everything random.
+        device: where to train.
+        compute_dtype: type inside the network; None is float32.
+    Raises:
+        DataError: if the data holds fewer images than a batch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Images,
+        card: ModelCard,
+        *,
+        teacher: FlowMap | None = None,
+        init: FlowMap | None = None,
+        backbone: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(data) < recipe.batch:
+            raise DataError(
+                f"the data has {len(data)} images, fewer than one batch of {recipe.batch}", "try a smaller --batch"
+            )
+        self.recipe, self.data, self.seed = recipe, data, seed
+        self.device = torch.device(device)
+        self.order = Order(len(data), seed)
+        self.step = 0
+
+        with rng.forked(rng.derive(seed, 0), "cpu"):
+            network = networks.build(recipe.network)
+        if init is None and recipe.init_from_teacher:
+            init = teacher
+        if init is not None:
+            network.load_state_dict(init.network.state_dict())
+        card = replace(card, role=recipe.role, preset=recipe.preset, iterations=recipe.iterations)
+        model = FlowMap(network, recipe.path, recipe.parameterization, card)
+        self.model = model.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
+        self.averages = {rule.name: (rule, self._frozen_copy()) for rule in recipe.averages}
+        # Online targets are the model itself; a copy of their own costs memory only where the rule moves.
+        self.target = (
+            self._frozen_copy(train=True) if self._target_decay(1.0) or self._target_decay(0.0) else self.model
+        )
+        if teacher is not None:
+            teacher.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
+        self.objective = recipe.objective.build(teacher, backbone).to(self.device)
+        self.optimizer = make_optimizer(recipe.optimizer, list(self.model.parameters()))
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        """Training images seen so far."""
+        return self.step * self.recipe.batch
+
+    def run(self) -> Iterator[Report]:
+        """Train to the recipe's last iteration, yielding after every step.
+
+        Raises:
+            DivergenceError: when a loss or a gradient is no longer finite; the weights are then not worth keeping.
+        """
+        recipe = self.recipe
+        self.model.train()
+        healthy = torch.ones((), dtype=torch.bool, device=self.device)
+        while self.step < recipe.iterations:
+            progress = self.step / recipe.iterations
+            lr = recipe.optimizer.rate(progress, self.images + recipe.batch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
+            loss = self.objective(self.model, self.target, self._batch(generator), progress, generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.value.backward()
+            limit = recipe.optimizer.clip_norm
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"), foreach=True)
+            healthy &= loss.value.isfinite() & grad_norm.isfinite()
+            self.step += 1
+            last = self.step == recipe.iterations
+            if (self.step % _CHECK_EVERY == 0 or last) and not bool(healthy):
+                raise DivergenceError(
+                    f"the loss or its gradient stopped being finite by step {self.step}",
+                    "try a lower --lr, or --precision fp32; the last checkpoint in the run folder is intact",
+                )
+            self.optimizer.step()
+            self._follow(progress)
+            yield Report(
+                self.step,
+                self.images,
+                self.step / recipe.iterations,
+                loss.value.detach(),
+                loss.per_sample,
+                loss.t,
+                grad_norm,
+                lr,
+            )
+
+    def _batch(self, generator: torch.Generator) -> Batch:
+        images, labels = self.data.batch(self.order.indices(self.images, self.recipe.batch))
+        x0 = images.to(self.device).to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
+        if self.recipe.flip:
+            mirrored = torch.rand(len(x0), generator=generator, device=self.device) < 0.5
+            x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        conditional = labels is not None and self.recipe.network.num_classes > 0
+        return Batch(x0, labels.to(self.device) if conditional and labels is not None else None)
+
+    def _follow(self, progress: float) -> None:
+        """Move the target and the averages after the weights."""
+        if self.target is not self.model:
+            blend(self.target, self.model, self._target_decay(progress))
+        for rule, average in self.averages.values():
+            blend(average, self.model, rule.decay(self.images, self.recipe.batch))
+
+    def _target_decay(self, progress: float) -> float:
+        objective = self.recipe.objective
+        curriculum = getattr(objective.times, "curriculum", None)
+        return objective.target.decay(progress, curriculum(progress) if curriculum else 0)
+
+    def _frozen_copy(self, train: bool = False) -> FlowMap:
+        # The target keeps dropping units as the model does (under the shared mask); averages are for sampling.
+        return copy.deepcopy(self.model).requires_grad_(False).train(train)
+
+    # --- results and state -----------------------------------------------------------------------------------------
+
+    @property
+    def average(self) -> FlowMap:
+        """The first average: what is exported and previewed. Its card says which average it is."""
+        name, (_, model) = next(iter(self.averages.items()))
+        model.card = replace(model.card, average=name, iterations=self.step)
+        return model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a continued run needs; tensors and plain values only."""
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "model": self.model.state_dict(),
+            "target": None if self.target is self.model else self.target.state_dict(),
+            "averages": {name: model.state_dict() for name, (_, model) in self.averages.items()},
+            "objective": self.objective.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`."""
+        self.step, self.seed = state["step"], state["seed"]
+        self.order = Order(len(self.data), self.seed)
+        self.model.load_state_dict(state["model"])
+        if self.target is not self.model:
+            self.target.load_state_dict(state["target"])
+        for name, (_, model) in self.averages.items():
+            model.load_state_dict(state["averages"][name])
+        self.objective.load_state_dict(state["objective"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own optimizer for a config."""
+    rules: dict[str, type[torch.optim.Optimizer]] = {
+        "radam": torch.optim.RAdam,
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    return rules[config.rule](parameters, **options, weight_decay=config.weight_decay, foreach=True)
