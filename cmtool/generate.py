@@ -269,7 +269,7 @@ def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
     grid = Karras(model.card.grid_rho).times(model.path, model.card.grid_points)[:-1]
     if steps is None or steps == len(grid):
         return grid
-    if not 1 <= steps:
+    if steps < 1:
         raise UsageError(f"editing needs at least 1 step, found {steps}")
     return Karras(model.card.grid_rho).times(model.path, steps + 1)[:-1]
 

@@ -7,6 +7,7 @@ different starts and constraints.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def check_times(model: FlowMap, times: Tensor) -> Tensor:
     values = [float(t) for t in times]
     if not values:
         raise UsageError("no time points given", "for example --times 80,0.8")
-    for before, after in zip(values[:-1], values[1:], strict=True):
+    for before, after in pairwise(values):
         if not after < before:
             raise UsageError(f"time points must decrease, found {before:g} before {after:g}")
     for t in values:

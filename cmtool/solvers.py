@@ -1,7 +1,7 @@
 """Solvers of the probability-flow ODE: one step each, and the loop over a grid.
 
-A solver knows a denoiser `(x, t) -> D` and a path, nothing else. It integrates dx/dt = path.ode_velocity(x, D, t) in the
-path's own time; on VE that is dx/dt = (x - D) / t.
+A solver knows a denoiser `(x, t) -> D` and a path, nothing else. It integrates dx/dt = path.ode_velocity(x, D, t) in
+the path's own time; on VE that is dx/dt = (x - D) / t.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -136,7 +137,7 @@ def solve(
         raise ValueError("stochastic sampling needs a source of noise")
     x, nfe = start, 0
     points = [float(t) for t in times]
-    for i, (t, s) in enumerate(zip(points[:-1], points[1:], strict=True), start=1):
+    for i, (t, s) in enumerate(pairwise(points), start=1):
         raised = churn.raised(t, len(points) - 1) if churn else t
         if churn and raised > t:
             assert noise is not None

@@ -62,8 +62,11 @@ def from_dict(data: Any, hint: Any, kinds: Kinds, where: str = "config") -> Any:
             for i, item in enumerate(data)
         ]
         return tuple(items) if origin is tuple else items
-    if origin is dict:
-        return dict(data)
+    if origin in (dict, Mapping):
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: expected named values, found {data!r}")
+        inner = get_args(hint)[1]
+        return {str(key): from_dict(value, inner, kinds, f"{where}.{key}") for key, value in data.items()}
     if hint is Any:
         return data
     if hint in (bool, int, float, str, type(None)):

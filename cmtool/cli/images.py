@@ -4,82 +4,103 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from cmtool.cli import options
+from cmtool.cli import console, options
 from cmtool.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cmtool.flow import FlowMap
+    from cmtool.flow.flow_map import FlowMap, Role
+    from cmtool.generate import Generated
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-
-
-def load_model(
-    source: Path, *, device: str, precision: str, role: Literal["denoiser", "consistency"] | None = None
-) -> FlowMap:
-    """The model at `source`, on the device and in the precision that the options name, ready to sample."""
-    import torch
-
-    from cmtool.io import checkpoint
-
-    place = options.parse_device(device)
-    model = checkpoint.load(source, role=role, device=place)
-    fast = place.type == "cuda" and torch.cuda.is_bf16_supported()
-    return model.compute_in(torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else None)
+WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_NOT_WRITABLE = (".gif", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".svg", ".npy", ".npz", ".zip", ".pt")
 
 
 def places(out: str, seeds: Sequence[int]) -> list[str]:
     """Where the image of each seed goes; `-` is stdout.
 
-    `out` is `-`, a name with `{seed}` in it, a name with an image suffix (one image only), or a folder, in which the
-    files are named by seed.
-
+    Args:
+        out: `-`; a name with `{seed}` in it; a name that ends like an image (one image only); else a folder, in which
+            the files are named by seed.
     Raises:
-        UsageError: several images for one file or for the pipe, or a terminal at the end of the pipe.
+        UsageError: several images for one file or pipe, a kind of image that cannot be written, a terminal as pipe.
     """
     if "{seed}" in out:
-        return [out.replace("{seed}", f"{seed:06d}") for seed in seeds]
-    folder = out.endswith(("/", os.sep)) or os.path.isdir(out)
-    if not folder and (out == "-" or out.lower().endswith(SUFFIXES)):
+        targets = [out.replace("{seed}", f"{seed:06d}") for seed in seeds]
+    elif out.endswith(("/", os.sep)) or os.path.isdir(out):
+        return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
+    elif out == "-" or out.lower().endswith(WRITABLE + _NOT_WRITABLE):
         if len(seeds) > 1:
             raise UsageError(
                 f"--out {out} holds one image and {len(seeds)} are to be made",
                 "give a folder, or a name with {seed} in it",
             )
-        if out == "-":
-            refuse_terminal("--out")
-        return [out]
-    if os.path.isfile(out):
-        raise UsageError(f"--out {out} is a file that is no image", "give a folder, or a name that ends in .png")
-    return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
+        targets = [out]
+    elif os.path.exists(out):
+        raise UsageError(f"--out {out} is a file, and no image by its name", "give a folder, or a name like out.png")
+    else:
+        return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
+    check_target("--out", targets[0])
+    return targets
 
 
-def refuse_terminal(option: str) -> None:
-    """An image is no text: `-` is for pipes and redirection."""
-    if sys.stdout.isatty():
-        raise UsageError(f"{option} - would write an image to the terminal", "add > image.png or | another command")
+def check_target(option: str, target: str) -> None:
+    """Refuse a single file that could not be written, before any work is done."""
+    if target == "-":
+        if sys.stdout.isatty():
+            raise UsageError(f"{option} - would write an image to the terminal", "add > image.png, or pipe it on")
+    elif not target.lower().endswith(WRITABLE):
+        raise UsageError(f"{option} {target}: images of this kind cannot be written", f"use {', '.join(WRITABLE)}")
 
 
-def refuse_two_results(as_json: bool, *targets: str | None) -> None:
+def one_result(as_json: bool, *targets: str | None) -> None:
     """stdout takes one result: an image, or the JSON object."""
     if [*targets, "-" if as_json else None].count("-") > 1:
-        raise UsageError("stdout can take one result only, an image or the --json object", "write the images to files")
+        raise UsageError("stdout takes one result, an image or the --json object", "write the images to files")
 
 
-def write(target: str, image: Tensor) -> None:
-    """Save one uint8 image [C, H, W], making the folder it goes to."""
-    from cmtool.io import images
+def load_model(source: Path, *, device: str, precision: str, role: Role | None = None) -> FlowMap:
+    """The model at `source`, on the device and in the precision that the options name, ready to sample."""
+    from cmtool import precision as policy
+    from cmtool.io import checkpoint
 
-    if target != "-":
-        os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    images.write_image(target, image)
+    place = policy.device(device)
+    model = checkpoint.load(source, role=role, device=place)
+    return model.compute_in(policy.compute_dtype(precision, place))  # type: ignore[arg-type]
 
 
-def chunks(seeds: Sequence[int], size: int) -> list[Sequence[int]]:
-    """`seeds` in pieces of at most `size`."""
-    return [seeds[i : i + size] for i in range(0, len(seeds), size)]
+def labels(model: FlowMap, text: str | None) -> list[int] | None:
+    """The classes that `--labels` names, in this model's numbers."""
+    return None if text is None else options.parse_labels(text, model.card.num_classes, model.card.class_names)
+
+
+def save(
+    title: str, made: Iterable[Generated], seeds: Sequence[int], targets: Sequence[str | None], *, on_stdout: bool
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Write images as they are made; yields (description, uint8 image [C, H, W]) of each.
+
+    Args:
+        made: batches in the order of `seeds`.
+        targets: a place for each seed; None: not written by itself.
+        on_stdout: print the path of each file, as a result of the command.
+    """
+    from cmtool.io.images import to_uint8, write_image
+
+    done = 0
+    with console.progress(title, len(seeds)) as update:
+        for batch in made:
+            classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.tolist()
+            for seed, label, image in zip(batch.seeds, classes, to_uint8(batch.images), strict=True):
+                target = targets[done]
+                done += 1
+                if target is not None:
+                    write_image(target, image)
+                    if on_stdout and target != "-":
+                        console.emit_line(target)
+                yield {"path": target, "seed": seed, "label": label}, image
+            update(done)

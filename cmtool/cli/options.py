@@ -6,21 +6,20 @@ A parser raises `UsageError` and needs no torch: a wrong command line is answere
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from cmtool.errors import UsageError, nearest
 
-if TYPE_CHECKING:
-    import torch
-
 SOLVERS = ("euler", "heun", "dpm2", "ancestral")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+CROPS = ("center", "none")
+RESIZES = ("box", "bilinear", "bicubic", "lanczos", "none")
 MAX_SEEDS = 1_000_000
 MAX_SEED = 2**63 - 1
 
@@ -33,7 +32,7 @@ def parse_seeds(text: str) -> list[int]:
     """
     hint = "write whole numbers and ranges, for example --seeds 0-63,100"
     spans = _spans(text, "--seeds", hint)
-    for low, high in spans:
+    for _, high in spans:
         if high > MAX_SEED:
             raise UsageError(f"--seeds {text}: {high} is too large, the largest seed is 2^63 - 1", hint)
     count = sum(high - low + 1 for low, high in spans)
@@ -70,14 +69,6 @@ def parse_labels(text: str, num_classes: int, class_names: Sequence[str] = ()) -
     return labels
 
 
-def labels_for(seeds: Sequence[int], labels: Sequence[int]) -> list[int]:
-    """The label of each seed: `labels` dealt out in turn along the seeds 0, 1, 2, ...
-
-    It depends on the seed and not on its place in the list, so that an image is the same whatever is drawn beside it.
-    """
-    return [labels[seed % len(labels)] for seed in seeds]
-
-
 def parse_times(text: str, option: str = "--times") -> list[float]:
     """`80,0.8` as a falling list of positive times.
 
@@ -85,7 +76,7 @@ def parse_times(text: str, option: str = "--times") -> list[float]:
         UsageError: nothing, no numbers, not positive, or not falling.
     """
     hint = f"write falling positive numbers, for example {option} 80,0.8"
-    times = []
+    times: list[float] = []
     for part in _parts(text, option, hint):
         try:
             value = float(part)
@@ -116,23 +107,6 @@ def parse_count(text: str, option: str = "count") -> int:
     return int(value)
 
 
-def parse_device(name: str) -> torch.device:
-    """The device to compute on; `auto` takes CUDA, then MPS, then the CPU."""
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    present = {
-        "cpu": lambda: True,
-        "cuda": lambda: (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available,
-    }
-    if not present[device.type]():
-        raise UsageError(f"--device {name}: this torch {torch.__version__} sees no such device", "try --device auto")
-    return device
-
-
 def _parts(text: str, option: str, hint: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
@@ -154,7 +128,7 @@ def _spans(text: str, option: str, hint: str) -> list[tuple[int, int]]:
     return spans
 
 
-def _one_of(option: str, choices: Iterable[str], also: str = r"(?!)") -> Any:
+def one_of(option: str, choices: Iterable[str], also: str = r"(?!)") -> Any:
     """Keyword arguments of an option that takes one of some words (or what the pattern `also` matches)."""
     choices = tuple(choices)
 
@@ -166,7 +140,7 @@ def _one_of(option: str, choices: Iterable[str], also: str = r"(?!)") -> Any:
     return {"callback": check, "autocompletion": lambda: list(choices), "metavar": "|".join(choices)}
 
 
-def _parsed(parser: Callable[[str], Any]) -> Any:
+def parsed(parser: Callable[[str], Any]) -> Any:
     """Keyword arguments of an option whose text must satisfy a parser; the command still gets the text."""
 
     def check(value: str | None) -> str | None:
@@ -181,31 +155,67 @@ Model = Annotated[Path, typer.Option("--model", metavar="PATH", help="A run fold
 Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip or .npz of images.")]
 Device = Annotated[
     str,
-    typer.Option("--device", help="Where to compute; cuda:1 works too.", **_one_of("--device", DEVICES, r"cuda:\d+")),
+    typer.Option("--device", help="Where to compute; cuda:1 works too.", **one_of("--device", DEVICES, r"cuda:\d+")),
 ]
 Precision = Annotated[
     str,
-    typer.Option("--precision", help="Of the network; auto: bf16 on CUDA.", **_one_of("--precision", PRECISIONS)),
+    typer.Option("--precision", help="Of the network; auto: bf16 on CUDA.", **one_of("--precision", PRECISIONS)),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seeds = Annotated[
-    str, typer.Option("--seeds", metavar="LIST", help="One image a seed: 0-63,100.", **_parsed(parse_seeds))
+    str, typer.Option("--seeds", metavar="LIST", help="One image a seed: 0-63,100.", **parsed(parse_seeds))
 ]
 Labels = Annotated[
     str | None,
-    typer.Option(
-        "--labels", metavar="LIST", help="Classes by number or name, dealt out along the seeds; else drawn by seed."
-    ),
+    typer.Option("--labels", metavar="LIST", help="Classes, 0-9 or names, dealt along the seeds; else by chance."),
+]
+Solver = Annotated[
+    str | None,
+    typer.Option("--solver", help="How to sample a diffusion model.", **one_of("--solver", SOLVERS)),
 ]
 Times = Annotated[
     str | None,
-    typer.Option("--times", metavar="LIST", help="Times of the network calls: 80,0.8.", **_parsed(parse_times)),
+    typer.Option("--times", metavar="LIST", help="Times of the network calls: 80,0.8.", **parsed(parse_times)),
 ]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Images computed at once.")]
+Batch = Annotated[
+    int | None, typer.Option("--batch", metavar="N", min=1, help="Images computed at once. [default: by their size]")
+]
 Image = Annotated[str, typer.Option("--image", metavar="FILE", help="The image to edit; - reads a pipe.")]
 Out = Annotated[
     str, typer.Option("--out", metavar="PATH", help="A file, a folder, a name with {seed} in it; - writes a pipe.")
 ]
 EditSteps = Annotated[
-    int | None, typer.Option("--edit-steps", min=1, help="Network calls, on the model's grid. [default: the grid's]")
+    int | None,
+    typer.Option("--edit-steps", metavar="N", min=1, help="Network calls. [default: the model's whole grid]"),
 ]
+
+
+def preset_names() -> list[str]:
+    """The presets, for completion."""
+    from cmtool.training.presets import PRESETS
+
+    return list(PRESETS)
+
+
+def settings(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of everything in a component's plain form (`spec.to_dict`), as `--set` names and takes it.
+
+    A component is named by its kind, and its fields follow.
+    """
+    if isinstance(value, dict):
+        if "kind" in value and name:
+            yield name, value["kind"]
+        for key, item in value.items():
+            if key != "kind":
+                yield from settings(item, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for index, item in enumerate(value):
+            yield from settings(item, f"{name}.{index}")
+    else:
+        yield name, _plain(value)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_plain, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

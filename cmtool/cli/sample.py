@@ -15,42 +15,62 @@ def sample(
     out: Annotated[
         str | None, typer.Option("--out", metavar="PATH", help="A folder, a file, a name with {seed}; - writes a pipe.")
     ] = None,
-    grid: Annotated[str | None, typer.Option("--grid", metavar="FILE", help="Also all images in one picture.")] = None,
+    grid: Annotated[str | None, typer.Option("--grid", metavar="FILE", help="All images in one picture.")] = None,
     seeds: options.Seeds = "0",
     labels: options.Labels = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Network calls; with --solver, solver steps. [default: 1; 18]")
+        int | None,
+        typer.Option(
+            "--steps", metavar="N", min=1, help="Network calls [default: 1]; with --solver its steps [default: 18]."
+        ),
     ] = None,
     times: options.Times = None,
     solver: options.Solver = None,
-    rho: Annotated[
-        float | None, typer.Option("--rho", min=0.1, help="Spacing of the solver's times. [default: 7]")
-    ] = None,
-    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep every estimate in the image range.")] = True,
-    batch: options.Batch = 64,
+    clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep estimates in the image range.")] = True,
+    batch: options.Batch = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Draw images from a model, one a seed.
 
-    A consistency model needs one network call, more are better; a diffusion model (a teacher) needs a --solver.
-    Image k is the same whatever other seeds are asked for.
+    A consistency model makes an image in one network call, a better one in a few. A diffusion model (a teacher) needs
+    a --solver. The image of a seed is the same whatever other seeds are asked for.
     """
     wanted = options.parse_seeds(seeds)
     if out is None and grid is None:
-        raise UsageError("nowhere to put the images", "give --out out/ or --grid grid.png")
-    images.refuse_two_results(as_json, out, grid)
-    if grid == "-":
-        images.refuse_terminal("--grid")
-    targets = images.places(out, wanted) if out is not None else [None] * len(wanted)
+        raise UsageError("there is no place for the images", "add --out out/ or --grid grid.png")
+    if steps is not None and times is not None:
+        raise UsageError("--steps and --times say the same thing twice", "give one of the two")
+    images.one_result(as_json, out, grid)
+    targets = [None] * len(wanted) if out is None else images.places(out, wanted)
+    if grid is not None:
+        images.check_target("--grid", grid)
 
     import torch
 
-    from cmtool import generate
+    from cmtool.generate import generate
     from cmtool.io.images import grid as arrange
-    from cmtool.io.images import to_uint8
+    from cmtool.io.images import write_image
 
     flow = images.load_model(model, device=device, precision=precision)
-    classes = images.classes(flow, wanted, labels)
-    done: list[torch.Tensor] = []
+    made = generate(
+        flow,
+        wanted,
+        steps=steps,
+        times=None if times is None else options.parse_times(times),
+        labels=images.labels(flow, labels),
+        solver=solver,
+        batch=batch,
+        clip=clip,
+    )
+    described, pictures = [], []
+    for entry, image in images.save("sample", made, wanted, targets, on_stdout=not as_json and grid != "-"):
+        described.append(entry)
+        pictures += [image] if grid is not None else []
+    if grid is not None:
+        write_image(grid, arrange(torch.stack(pictures)))
+    if as_json:
+        console.emit_json({"images": described, "grid": grid, "model": str(model)})
+    elif grid not in (None, "-") and out != "-":
+        console.emit_line(grid)

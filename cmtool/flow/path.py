@@ -74,8 +74,8 @@ class Path:
     def transport(self, x_t: Tensor, denoised: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Move x_t to time s with the data estimate held fixed (DDIM; exact if `denoised` is constant on the way).
 
-        x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) D. Song et al. (2021), arXiv:2010.02502, eq. 12
-        with zero noise, written for any path.
+        x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) D. Song et al. (2021), arXiv:2010.02502,
+        eq. 12 with zero noise, written for any path.
         """
         t, s = expand(t, x_t), expand(s, x_t)
         keep = self.sigma(s) / self.sigma(t)

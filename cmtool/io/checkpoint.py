@@ -12,7 +12,6 @@ Nothing in a file is ever executed: components are looked up by `kind` in a tabl
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import struct
@@ -169,7 +168,6 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
         config = spec.from_dict(described["network"], networks.Config, kinds, "network")
         parts = [spec.from_dict(described[name], object, kinds, name) for name in ("path", "parameterization")]
         card = spec.from_dict(described["card"], ModelCard, kinds, "card")
-        card = dataclasses.replace(card, times={k: tuple(v) for k, v in card.times.items()})
     except ConfigError as error:
         raise CheckpointError(
             f"{path} describes a model this cmtool does not know: {error.message}",

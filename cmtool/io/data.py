@@ -340,7 +340,8 @@ def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[n
                 tally.resized += 1
                 tally.enlarged += image.width < side
                 image = image.resize((side, side), _FILTERS[plan.resize])
-            pixels[place] = np.moveaxis(np.atleast_3d(np.asarray(image)), -1, 0)
+            array = np.asarray(image)
+            pixels[place] = array if array.ndim == 2 else array.transpose(2, 0, 1)
             tally.kept.append(place)
         return tally
 

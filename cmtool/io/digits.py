@@ -37,7 +37,7 @@ def digits(part: str = "all", resolution: int = RESOLUTION) -> tuple[NDArray[np.
 
     Args:
         part: "all" (1,797), or the fixed split of it into "train" (1,497) and "test" (30 of each class).
-        resolution: the side of the images; 8 shows the scans as they are.
+        resolution: the side of the images, a sixteenth of it left free on each side; 8 shows the scans as they are.
     Returns:
         uint8 [N, resolution, resolution, 3] and the digits, int64 [N].
     Raises:
@@ -53,11 +53,15 @@ def digits(part: str = "all", resolution: int = RESOLUTION) -> tuple[NDArray[np.
     inks = np.array(list(INKS.values()))[np.random.RandomState(_INK_SEED).randint(len(INKS), size=len(labels))]
     rows = np.flatnonzero({"all": labels >= 0, "test": _held_out(labels), "train": ~_held_out(labels)}[part])
 
+    margin = resolution // 16  # the scans fill their squares to the rim
+    side = resolution - 2 * margin
+    cover = np.zeros((resolution, resolution, 1), np.float32)
     images = np.empty((len(rows), resolution, resolution, 3), np.uint8)
     for image, row in zip(images, rows, strict=True):
         scan = Image.fromarray((scans.images[row] / 16).astype(np.float32))
-        cover = np.clip(np.asarray(scan.resize((resolution, resolution), Image.Resampling.BICUBIC)), 0, 1)[..., None]
-        image[:] = np.rint(GROUND + (inks[row] - GROUND) * cover)
+        drawn = np.asarray(scan.resize((side, side), Image.Resampling.LANCZOS))
+        cover[margin : margin + side, margin : margin + side, 0] = np.clip(drawn, 0, 1)
+        image[:] = np.rint(GROUND + (inks[row] - np.array(GROUND)) * cover)
     return images, labels[rows]
 
 

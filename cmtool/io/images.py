@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import logging
 import math
 import os
-import secrets
 import stat
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont
 from torch import Tensor
 
 from cmtool.errors import DataError, UsageError
+from cmtool.io.files import write_atomic
 
 MAX_BYTES = 512 * 2**20
 MAX_PIXELS = 89_478_485  # Pillow's own limit for an RGB image of a quarter gigabyte
@@ -45,6 +47,7 @@ _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"lossless": True}),
     ".bmp": ("BMP", {}),
+    ".ppm": ("PPM", {}),
     ".tif": ("TIFF", {"compression": "tiff_adobe_deflate"}),
     ".tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}),
 }
@@ -137,7 +140,7 @@ def write_image(target: str | Path, image: Tensor) -> None:
     The file appears complete or not at all, and folders on the way are made. JPEG is the only lossy format here.
 
     Args:
-        target: a path that ends in .png, .jpg, .jpeg, .webp, .bmp, .tif or .tiff; or "-".
+        target: a path that ends in .png, .jpg, .jpeg, .webp, .bmp, .ppm, .tif or .tiff; or "-".
         image: uint8 [1, H, W] or [3, H, W].
     Raises:
         UsageError: another suffix, or standard output is a terminal.
@@ -155,7 +158,12 @@ def write_image(target: str | Path, image: Tensor) -> None:
         return
     path = Path(target)
     check_suffix(path)
-    write_atomically(path, _encode(image, path.suffix.lower(), str(path)))
+    data = _encode(image, path.suffix.lower(), str(path))
+    try:
+        write_atomic(Path(os.path.realpath(path)), lambda file: file.write(data))  # a link stays a link
+    except OSError as error:
+        hint = "name a file, not a folder" if path.is_dir() else "check the folder, its permissions and the space left"
+        raise DataError(f"cannot write {str(path)!r}: {(error.strerror or str(error)).lower()}", hint) from None
 
 
 def check_suffix(target: str | Path) -> None:
@@ -166,30 +174,6 @@ def check_suffix(target: str | Path) -> None:
     """
     if str(target) != "-" and Path(target).suffix.lower() not in _WRITERS:
         raise UsageError(f"cannot write {str(target)!r}: not the name of an image", f"end it in {', '.join(_WRITERS)}")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` under `path`, complete or not at all; folders on the way are made.
-
-    Raises:
-        DataError: the folder or the file cannot be written.
-    """
-    path = Path(os.path.realpath(path))  # a link stays a link
-    part = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        hint = "name a file, not a folder" if path.is_dir() else "check the folder, its permissions and the space left"
-        raise DataError(f"cannot write {str(path)!r}: {error.strerror or error}", hint) from None
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -271,10 +255,16 @@ def captioned_rows(
 
 @contextlib.contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Keep Pillow's warnings off the terminal. Not for threads: enter it around them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep Pillow's warnings and log messages off the terminal. Not for threads: enter it around them."""
+    logger = logging.getLogger("PIL")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -319,7 +309,7 @@ def load(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None
     Raises:
         UnreadableImageError: the pixels cannot be decoded.
     """
-    with decoding(name):
+    with decoding(name), _quiet_libtiff if image.format == "TIFF" else contextlib.nullcontext():
         image.load()
         colour, alpha = _split_alpha(image, name)
         turn = None
@@ -370,6 +360,39 @@ def read_bytes(path: Path, name: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise UnreadableImageError(name, reason.lower(), "check the path and its permissions") from None
+
+
+class _Hush:
+    """Keeps C libraries off file descriptor 2 while any thread is inside.
+
+    libtiff prints its complaints there itself, beside the error that Pillow raises.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._stderr = -1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                with contextlib.suppress(OSError):  # no descriptor 2: nothing to hide
+                    self._stderr = os.dup(2)
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, 2)
+                    os.close(null)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._stderr >= 0:
+                os.dup2(self._stderr, 2)
+                os.close(self._stderr)
+                self._stderr = -1
+
+
+_quiet_libtiff = _Hush()
 
 
 def _read_limited(file: IO[bytes], name: str) -> bytes:

@@ -102,8 +102,8 @@ class _Normalise(torch.autograd.Function):
             return (*torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True), None, None, None)
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, _affine(x, weight, bias, mean, rstd))
-        sum_grad = grad.sum((2, 3))
-        sum_hat = ((grad * x).sum((2, 3)) - mean * sum_grad) * rstd
+        sum_grad = grad.sum((2, 3), dtype=mean.dtype)
+        sum_hat = ((grad * x).sum((2, 3), dtype=mean.dtype) - mean * sum_grad) * rstd
         pixels = x.shape[2] * x.shape[3]
         c1 = _group_mean(weight * sum_hat, ctx.groups) / -pixels * rstd.square()
         c0 = _group_mean(weight * sum_grad, ctx.groups) / -pixels * rstd - mean * c1

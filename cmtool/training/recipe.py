@@ -66,6 +66,7 @@ class Recipe:
     iterations: int = 10_000
     batch: int = 512
     flip: bool = False  # mirror half of the images
+    two_step: float | None = None  # the second time point of two-step sampling, recommended in the model's file
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.batch < 1:

@@ -51,7 +51,7 @@ class AdaptiveAverage:
     Args:
         mu0: the decay at N = s0.
         s0: the first N of the curriculum.
-        rule: `paper` divides by N(k); `openai` by N(k) - 1, as the released code does (so mu starts at mu0^2 for s0 = 2).
+        rule: `paper` divides by N(k); `openai` by N(k) - 1, as the released code does (so mu starts at mu0^2).
     """
 
     kind: ClassVar[str] = "adaptive_average"

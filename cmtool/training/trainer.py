@@ -20,6 +20,7 @@ from torch import Tensor
 from cmtool import networks, rng
 from cmtool.errors import DataError, DivergenceError
 from cmtool.flow.flow_map import FlowMap, ModelCard
+from cmtool.times import Adjacent
 from cmtool.training.average import blend
 from cmtool.training.recipe import Optimizer, Recipe
 from cmtool.training.trajectory import Batch
@@ -114,7 +115,7 @@ class Trainer:
             init = teacher
         if init is not None:
             network.load_state_dict(init.network.state_dict())
-        card = replace(card, role=recipe.role, preset=recipe.preset, iterations=recipe.iterations)
+        card = _filled(card, recipe)
         model = FlowMap(network, recipe.path, recipe.parameterization, card)
         self.model = model.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
         self.averages = {rule.name: (rule, self._frozen_copy()) for rule in recipe.averages}
@@ -232,6 +233,17 @@ class Trainer:
             model.load_state_dict(state["averages"][name])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:
+    """The card with what the recipe says of the result."""
+    card = replace(card, role=recipe.role, preset=recipe.preset, iterations=recipe.iterations)
+    if isinstance(recipe.objective.times, Adjacent):
+        grid, num = recipe.objective.times.grid, recipe.objective.times.curriculum(1.0)
+        card = replace(card, grid_points=num, grid_rho=grid.rho)
+    if recipe.two_step is not None:
+        card = replace(card, times={**card.times, "2": (recipe.path.t_max, recipe.two_step)})
+    return card
 
 
 def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

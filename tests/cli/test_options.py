@@ -24,7 +24,14 @@ def test_seeds_are_the_union_of_their_ranges_in_order(spans):
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("0", [0]), ("0-3,100", [0, 1, 2, 3, 100]), ("7, 3", [7, 3]), ("2-2", [2]), ("1 - 2", [1, 2]), ("3,1-4", [3, 1, 2, 4])],
+    [
+        ("0", [0]),
+        ("0-3,100", [0, 1, 2, 3, 100]),
+        ("7, 3", [7, 3]),
+        ("2-2", [2]),
+        ("1 - 2", [1, 2]),
+        ("3,1-4", [3, 1, 2, 4]),
+    ],
 )
 def test_seeds(text, expected):
     assert options.parse_seeds(text) == expected
@@ -100,19 +107,6 @@ def test_impossible_labels(text, classes, names, word):
     assert word in caught.value.message + caught.value.hint
 
 
-@given(st.lists(seeds, min_size=1, max_size=20), st.lists(st.integers(0, 9), min_size=1, max_size=12), st.randoms())
-def test_the_label_of_a_seed_does_not_depend_on_the_other_seeds(seeds, labels, random):
-    together = dict(zip(seeds, options.labels_for(seeds, labels), strict=True))
-    shuffled = random.sample(seeds, len(seeds))
-    assert dict(zip(shuffled, options.labels_for(shuffled, labels), strict=True)) == together
-    for seed in seeds:
-        assert options.labels_for([seed], labels) == [together[seed]]
-
-
-def test_labels_are_dealt_in_turn_along_the_seeds():
-    assert options.labels_for(range(5), [7, 8, 9]) == [7, 8, 9, 7, 8]
-
-
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=9, unique=True))
 def test_times_come_back_as_written(times):
     times = sorted(times, reverse=True)
@@ -147,7 +141,9 @@ def test_count(text, expected):
     assert options.parse_count(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "k", "-3", "1.5", "0", "12q", "0.0001k", "1e99", "1,5k", "nan", "inf", "1kk", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "-3", "1.5", "0", "12q", "0.0001k", "1e99", "1,5k", "nan", "inf", "1kk", "٣"]
+)
 def test_impossible_counts(text):
     with pytest.raises(UsageError) as caught:
         options.parse_count(text, "--duration")

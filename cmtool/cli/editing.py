@@ -1,0 +1,82 @@
+"""What `inpaint`, `colorize` and `superres` share: everything but what is known of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmtool.cli import console, images, options
+from cmtool.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmtool.flow.flow_map import FlowMap
+    from cmtool.generate import Generated
+
+    Edit = Callable[..., Tensor]  # edit(seeds=, labels=, times=, steps=) -> float32 [len(seeds), C, H, W]
+
+_BATCH_PIXELS = 2**20  # images at once by default: 256 of 64x64
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of an edit, as they stand on the command line."""
+
+    model: Path
+    image: str
+    out: str
+    seeds: str
+    labels: str | None
+    times: str | None
+    edit_steps: int | None
+    batch: int | None
+    device: str
+    precision: str
+    as_json: bool
+
+
+def run(title: str, request: Request, prepare: Callable[[FlowMap], Edit]) -> None:
+    """Load the model, compute the answer of each seed, write the answers.
+
+    Args:
+        prepare: reads what is known of the image, checks that it suits the model, and returns the edit.
+    """
+    seeds = options.parse_seeds(request.seeds)
+    if request.times is not None and request.edit_steps is not None:
+        raise UsageError("--edit-steps and --times say the same thing twice", "give one of the two")
+    times = None if request.times is None else options.parse_times(request.times)
+    images.one_result(request.as_json, request.out)
+    targets = images.places(request.out, seeds)
+
+    from cmtool.generate import Generated, labels_for
+
+    model = images.load_model(request.model, device=request.device, precision=request.precision, role="consistency")
+    labels = images.labels(model, request.labels)
+    edit = prepare(model)
+    size = request.batch or max(1, _BATCH_PIXELS // model.card.resolution**2)
+
+    def batches() -> Iterator[Generated]:
+        for first in range(0, len(seeds), size):
+            part = seeds[first : first + size]
+            made = edit(seeds=part, labels=labels, times=times, steps=request.edit_steps)
+            yield Generated(part, labels_for(model, part, labels), made, 0)
+
+    described = [entry for entry, _ in images.save(title, batches(), seeds, targets, on_stdout=not request.as_json)]
+    if request.as_json:
+        console.emit_json({"images": described, "image": request.image, "model": str(request.model)})
+
+
+def check_size(model: FlowMap, image: Tensor, name: str, factor: int = 1) -> None:
+    """Refuse an image that, enlarged `factor` times, is not of the model's size."""
+    side = model.card.resolution
+    height, width = image.shape[-2:]
+    if (height * factor, width * factor) == (side, side):
+        return
+    grown = f" and becomes {width * factor}x{height * factor} by --factor {factor}" if factor > 1 else ""
+    hint = f"give an image of {side // factor}x{side // factor}"
+    if side % factor:
+        hint = f"{side} is no multiple of {factor}: choose another --factor"
+    raise DataError(f"--image {name} is {width}x{height}{grown}; the model makes {side}x{side}", hint)

@@ -1,0 +1,425 @@
+"""What `train` and `distill` do: resolve the recipe, load, step, log, save.
+
+Precedence: defaults < preset < --config < flags. The resolved run is written to config.json before the first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from cmtool import __version__
+from cmtool.cli import console, options
+from cmtool.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from cmtool.flow.flow_map import FlowMap, ModelCard
+    from cmtool.io.data import Dataset
+    from cmtool.io.run import RunFolder
+    from cmtool.training.presets import Shape
+    from cmtool.training.recipe import Recipe
+    from cmtool.training.trainer import Trainer
+
+STOPPED = 75  # stopped, and can be continued
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of a training, as they stand on the command line; None where they are not given."""
+
+    out: Path
+    data: str | None
+    preset: str | None
+    iterations: str | None
+    duration: str | None
+    batch: int | None
+    lr: float | None
+    init: Path | None
+    seed: int | None
+    resolution: int | None
+    crop: str | None
+    resize: str | None
+    upscale: bool | None
+    channels: int | None
+    config: Path | None
+    set_: list[str] | None
+    device: str
+    precision: str
+    log_every: int | None
+    save_every: int | None
+    sample_every: int | None
+    dry_run: bool
+    resume: bool
+    overwrite: bool
+    as_json: bool
+    teacher: Path | None = None
+
+
+def run(request: Request) -> None:
+    """Train as asked, in a run folder."""
+    for one, other in (("resume", "overwrite"), ("resume", "config"), ("iterations", "duration")):
+        if getattr(request, one) and getattr(request, other):
+            raise UsageError(f"--{one} and --{other} do not go together", "give one of the two")
+
+    from cmtool.io.run import RunFolder, read_config
+
+    folder = RunFolder(request.out)
+    resumed = request.resume and _holds_something(folder)
+    if request.resume and not resumed and request.data is None:
+        raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
+    earlier = folder.config() if resumed else read_config(request.config) if request.config else {}
+    settings = _settings(request, earlier)
+
+    from cmtool import precision as policy
+    from cmtool.io import checkpoint
+    from cmtool.io.data import open_data
+    from cmtool.training.presets import Shape
+
+    # Everything that can be wrong with the options is found before anything large is read.
+    _check_teacher(_recipe(request, earlier, Shape()), settings["teacher"])
+    device = policy.device(request.device)
+    compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
+    teacher = checkpoint.load(settings["teacher"], role="denoiser", device=device) if settings["teacher"] else None
+    init = checkpoint.load(settings["init"], device=device) if settings["init"] else None
+    data = open_data(**settings["data"])
+    if teacher is not None:
+        _check_data(data, teacher)
+    model = init or teacher
+    classes = len(data.class_names) if data.labels is not None else 0
+    shape = Shape(data.report.resolution, data.report.channels, classes)
+    if model is not None:
+        shape = dataclasses.replace(
+            shape, network=model.network.config, path=model.path, parameterization=model.parameterization
+        )
+    recipe = _recipe(request, earlier, shape)
+    _check_labels(data, recipe)
+    config = _config(recipe, settings, data)
+    if resumed:
+        _check_unchanged(config, earlier)
+    if request.dry_run:
+        _describe(config, request.as_json)
+        return
+
+    card = _card(recipe, settings, data, teacher)
+    trainer = _trainer(recipe, data, card, teacher, init, settings["seed"], device, compute)
+    if resumed:
+        state = folder.latest()
+        if state is not None:
+            trainer.load_state_dict(state)
+    else:
+        folder.prepare(config, overwrite=request.overwrite)
+    _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
+    _loop(trainer, folder, request)
+
+
+# Resolving what is asked for.
+
+
+def _holds_something(folder: RunFolder) -> bool:
+    """Whether there is a run to continue; a job that is always started with --resume begins with nothing."""
+    return folder.path.is_dir() and any(folder.path.iterdir())
+
+
+def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """All that is no recipe: data, teacher, init, seed; from the flags, else from the earlier config."""
+    asked = {"source": request.data} | {
+        name: getattr(request, name) for name in ("resolution", "crop", "resize", "upscale", "channels")
+    }
+    stored = earlier.get("data") or {}
+    if not isinstance(stored, dict) or not stored.keys() <= {*asked, "fingerprint"}:
+        raise UsageError("the config has a data section that is none", f"it may hold {', '.join(asked)}")
+    data = {name: stored.get(name) if value is None else value for name, value in asked.items()}
+    if not data["source"]:
+        raise UsageError("missing option '--data'", "for example --data digits, or a folder of images")
+    return {
+        "data": {name: value for name, value in data.items() if value is not None},
+        "teacher": str(request.teacher) if request.teacher else earlier.get("teacher"),
+        "init": str(request.init) if request.init else earlier.get("init"),
+        "seed": request.seed if request.seed is not None else earlier.get("seed", 0),
+    }
+
+
+def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape) -> Recipe:
+    """The preset for data of this shape, changed by the earlier config, then by --set, then by the named flags."""
+    from cmtool import spec
+    from cmtool.training import presets
+    from cmtool.training.recipe import KINDS, Recipe
+
+    stored = earlier.get("recipe") or {}
+    known = stored.get("preset") if isinstance(stored, dict) else None
+    name = request.preset or known
+    if name is None:
+        raise UsageError("missing option '--preset'", f"one of {', '.join(presets.PRESETS)}")
+    if known not in (None, name):
+        raise UsageError(f"--preset {name} contradicts the config, a run of {known}", "leave one of the two out")
+    recipe = presets.preset(name)(shape)
+    if stored:
+        recipe = spec.from_dict(_merged(spec.to_dict(recipe), stored), Recipe, KINDS, "recipe")
+    for text in request.set_ or ():
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: expected NAME=VALUE", f"see cmtool presets show {name} --recipe")
+        recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
+    return _with_flags(recipe, request)
+
+
+def _with_flags(recipe: Recipe, request: Request) -> Recipe:
+    if request.batch is not None:
+        recipe = dataclasses.replace(recipe, batch=request.batch)
+    if request.iterations is not None:
+        recipe = dataclasses.replace(recipe, iterations=options.parse_count(request.iterations, "--iterations"))
+    if request.duration is not None:
+        images = options.parse_count(request.duration, "--duration")
+        recipe = dataclasses.replace(recipe, iterations=-(-images // recipe.batch))
+    if request.lr is not None:
+        if not 0 < request.lr < float("inf"):
+            raise UsageError(f"--lr {request.lr:g}: a learning rate is positive", "for example --lr 4e-4")
+        recipe = dataclasses.replace(recipe, optimizer=dataclasses.replace(recipe.optimizer, lr=request.lr))
+    return recipe
+
+
+def _merged(base: Any, over: Any) -> Any:
+    """`base` with the fields of `over`, part by part; a component of another kind is replaced as a whole."""
+    if (
+        not isinstance(base, dict)
+        or not isinstance(over, dict)
+        or over.get("kind", base.get("kind")) != base.get("kind")
+    ):
+        return over
+    return base | {name: _merged(base.get(name), value) for name, value in over.items()}
+
+
+def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+    """The resolved run: what config.json holds."""
+    from cmtool import spec
+
+    report = data.report
+    resolved = {"resolution": report.resolution, "crop": report.crop, "resize": report.resize}
+    return {
+        "version": __version__,
+        "recipe": spec.to_dict(recipe),
+        **settings,
+        "data": settings["data"] | resolved | {"channels": report.channels, "fingerprint": data.fingerprint},
+    }
+
+
+def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None) -> ModelCard:
+    from cmtool.flow.flow_map import ModelCard
+
+    return ModelCard(
+        role=recipe.role,
+        resolution=data.report.resolution,
+        channels=data.report.channels,
+        num_classes=recipe.network.num_classes,
+        class_names=data.class_names if recipe.network.num_classes == len(data.class_names) else (),
+        teacher=settings["teacher"] or "",
+        data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
+        licence=teacher.card.licence if teacher is not None else "",
+    )
+
+
+# Refusing what does not fit together.
+
+
+def _check_teacher(recipe: Recipe, teacher: str | None) -> None:
+    follows = recipe.objective.needs_teacher or recipe.init_from_teacher
+    if follows and teacher is None:
+        raise UsageError(
+            f"the preset {recipe.preset} follows a teacher, and there is none",
+            f"use cmtool distill --teacher runs/teacher --preset {recipe.preset}",
+        )
+    if teacher is not None and not follows:
+        raise UsageError(
+            f"the preset {recipe.preset} follows no teacher and would ignore --teacher",
+            f"use cmtool train --preset {recipe.preset}; --init starts from the weights of a model",
+        )
+
+
+def _check_data(data: Dataset, teacher: FlowMap) -> None:
+    side, channels = data.report.resolution, data.report.channels
+    card = teacher.card
+    if (side, channels) != (card.resolution, card.channels):
+        raise DataError(
+            f"the teacher makes {card.resolution}x{card.resolution} images with {card.channels} channels, "
+            f"the data has {side}x{side} with {channels}",
+            f"add --resolution {card.resolution} --channels {card.channels}",
+        )
+
+
+def _check_labels(data: Dataset, recipe: Recipe) -> None:
+    classes = recipe.network.num_classes
+    if not classes:
+        return
+    if data.labels is None:
+        raise DataError(
+            f"the network knows {classes} classes, and the data has no labels",
+            "sort the images into a sub-folder a class, or add --set network.num_classes=0",
+        )
+    if int(data.labels.max()) >= classes:
+        raise DataError(
+            f"the network knows {classes} classes, the data has label {int(data.labels.max())}",
+            "use the data the network was made for",
+        )
+
+
+def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """A continued run is the same run: what decides its result may not change."""
+    new, old = (dict(options.settings({**part, "version": None})) for part in (config, stored))
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name):
+            raise UsageError(
+                f"--resume: the run was started with {name} = {old.get(name)}, not {new.get(name)}",
+                "leave out what changes it, or start a new run with --config and another --out",
+            )
+
+
+def _describe(config: Mapping[str, Any], as_json: bool) -> None:
+    """What --dry-run prints."""
+    if as_json:
+        console.emit_json(config)
+    else:
+        rest = {name: value for name, value in config.items() if name != "recipe"}
+        console.emit_rows([*options.settings(config["recipe"]), *options.settings(rest)])
+
+
+# Running.
+
+
+def _trainer(
+    recipe: Recipe,
+    data: Dataset,
+    card: ModelCard,
+    teacher: FlowMap | None,
+    init: FlowMap | None,
+    seed: int,
+    device: torch.device,
+    compute: torch.dtype | None,
+) -> Trainer:
+    from cmtool.training.trainer import Trainer
+
+    try:
+        return Trainer(recipe, data, card, teacher=teacher, init=init, seed=seed, device=device, compute_dtype=compute)
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise UsageError(
+            "the weights to start from do not fit the network of the recipe", "leave out --set network..."
+        ) from error
+
+
+def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: str) -> None:
+    """Say what is about to run."""
+    recipe = trainer.recipe
+    size = sum(parameter.numel() for parameter in trainer.model.parameters())
+    console.note(f"data: {data.report.summary()}")
+    console.note(
+        f"{recipe.preset}: {size:,} parameters, {recipe.iterations:,} steps of {recipe.batch} images, "
+        f"{dtype} on {trainer.device}" + (f", from step {trainer.step:,}" if trainer.step else "")
+    )
+    if teacher is not None and teacher.card.licence:
+        console.note(f"the teacher is under {teacher.card.licence}: its student may be, too")
+
+
+def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
+    total = trainer.recipe.iterations
+    log_every = request.log_every or max(1, min(100, total // 50))
+    save_every = request.save_every or max(1, total // 5)
+    sample_every = max(1, total // 10) if request.sample_every is None else request.sample_every
+    losses: list[torch.Tensor] = []
+    first, last, text, loss = trainer.step, time.monotonic(), "", None
+    with console.progress(trainer.recipe.preset, total) as update, _stop_signal() as stopped:
+        for report in trainer.run():
+            losses.append(report.loss)
+            ending = report.step == total or stopped()
+            if report.step % log_every == 0 or ending:
+                loss = float(sum(losses) / len(losses))
+                now = time.monotonic()
+                speed = len(losses) * trainer.recipe.batch / max(now - last, 1e-9)
+                folder.log(
+                    {
+                        "step": report.step,
+                        "images": report.images,
+                        "loss": loss,
+                        "grad_norm": float(report.grad_norm),
+                        "lr": report.lr,
+                        "images_per_second": round(speed, 1),
+                    }
+                )
+                losses, last, text = [], now, f"loss {loss:.4g}, {speed:.0f} images/s"
+            if sample_every and (report.step % sample_every == 0 or report.step == total):
+                _preview(trainer, folder.sample_file(report.step))
+            if report.step % save_every == 0 or ending:
+                folder.save(trainer)
+            update(report.step, text)
+            if ending:
+                break
+    if trainer.step == first:
+        console.note(f"nothing left to do: the run has made its {total:,} steps")
+    model = folder.path / "model.safetensors"
+    if request.as_json:
+        console.emit_json(
+            {
+                "run": str(folder.path),
+                "model": str(model),
+                "iterations": trainer.step,
+                "images": trainer.images,
+                "loss": loss,
+                "finished": trainer.step == total,
+            }
+        )
+    else:
+        console.emit_line(model)
+    if trainer.step < total:
+        console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume continues")
+        raise typer.Exit(INTERRUPTED if stopped() == signal.SIGINT else STOPPED)
+
+
+def _preview(trainer: Trainer, file: Path) -> None:
+    """A grid of samples from the average, always of the same seeds."""
+    import torch
+
+    from cmtool.generate import generate
+    from cmtool.io import images
+
+    model = trainer.average
+    seeds = range(64 if model.card.resolution <= 64 else 16)
+    labels = range(model.card.num_classes) if model.card.num_classes else None
+    solver = "heun" if model.card.role == "denoiser" else None
+    parts = [part.images for part in generate(model, seeds, labels=labels, solver=solver)]
+    images.write_image(file, images.grid(images.to_uint8(torch.cat(parts))))
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], int]]:
+    """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a number to ask for (0: none), so that the step in work is saved.
+
+    A second Ctrl-C interrupts at once.
+    """
+    received = 0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal received
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received = number
+
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {}
+    with suppress(ValueError):  # outside the main thread there are no handlers to set
+        before = {name: signal.signal(getattr(signal, name), note) for name in names}
+    try:
+        yield lambda: received
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
