@@ -85,7 +85,7 @@ def generate(
     """
     _check_role(model, solver)
     classes = labels_for(model, seeds, labels)
-    size = batch or max(1, _BATCH_PIXELS // model.card.resolution**2)
+    size = max(1, _BATCH_PIXELS // model.card.resolution**2) if batch is None else batch
     if size < 1:
         raise UsageError(f"a batch holds at least 1 image, found {size}")
     if model.card.role == "consistency":
@@ -125,6 +125,8 @@ def sample(
         seeds = range(1 if n is None else n)
     elif n is not None and n != len(seeds):
         raise UsageError(f"n is {n}, but there are {len(seeds)} seeds", "give one of the two")
+    if not len(seeds):
+        raise UsageError("there is no image to make", "ask for at least one")
     options = {"steps": steps, "times": times, "labels": labels, "solver": solver, "batch": batch}
     return torch.cat([part.images for part in generate(model, list(seeds), **options)])  # type: ignore[arg-type]
 
@@ -212,7 +214,7 @@ def superres(
     return edit(model, op, images.to(model.device), seeds=seeds, labels=labels, times=times, steps=steps)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def edit(
     model: FlowMap,
     op: Degradation,

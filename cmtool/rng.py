@@ -38,7 +38,8 @@ def noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor
 
 def labels(seeds: Sequence[int], num_classes: int) -> Tensor:
     """One class index a seed, uniform over `num_classes`; int64 [len(seeds)]."""
-    return torch.tensor([int(_generator(seed, _LABEL_STREAM).integers(num_classes)) for seed in seeds])
+    drawn = [int(_generator(seed, _LABEL_STREAM).integers(num_classes)) for seed in seeds]
+    return torch.tensor(drawn, dtype=torch.int64)
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

@@ -55,6 +55,7 @@ class Heun:
         v_t = path.ode_velocity(x, denoise(x, t), t)
         x_s = x + step * v_t
         v_s = path.ode_velocity(x_s, denoise(x_s, s), s)
+        v_s = torch.where(expand(path.sigma(s), x) > 0, v_s, v_t)  # 0 / 0 where s is free of noise: Euler there
         return x + step * (v_t + v_s) / 2
 
 
@@ -87,9 +88,10 @@ class SolveState(NamedTuple):
 
 @dataclass(frozen=True)
 class Churn:
-    """Noise added before a step: gamma = min(churn / steps, sqrt(2) - 1) while t_low <= t <= t_high.
+    """Noise added before a step: gamma = min(churn / steps, sqrt(2) - 1) while the noise is in [t_low, t_high].
 
-    Karras et al. (2022), algorithm 2 (S_churn, S_tmin, S_tmax, S_noise).
+    Karras et al. (2022), algorithm 2 (S_churn, S_tmin, S_tmax, S_noise). Noise levels are sigma / alpha, which on VE is
+    the time.
     """
 
     churn: float = 0.0
@@ -97,11 +99,10 @@ class Churn:
     t_high: float = math.inf
     noise: float = 1.0
 
-    def raised(self, t: float, steps: int) -> float:
-        """The noise level reached from t."""
-        if not self.t_low <= t <= self.t_high:
-            return t
-        return t * (1 + min(self.churn / steps, math.sqrt(2) - 1))
+    def raised(self, path: Path, t: Tensor, steps: int) -> Tensor:
+        """The time reached from t, a scalar."""
+        level, gamma = path.ratio(t), min(self.churn / steps, math.sqrt(2) - 1)
+        return path.time(level * (1 + gamma)) if gamma and self.t_low <= level <= self.t_high else t
 
 
 @torch.inference_mode()
@@ -124,8 +125,9 @@ def solve(
         times: decreasing, shape [n + 1]. Where the last is noise-free (t = 0), the last step of `Heun` is an Euler
             step, since the velocity there is 0 / 0.
         noise: `noise(i)` gives the standard normal noise of step i >= 1; needed for `churn` and `ancestral`.
-        churn: raise the noise level before each step (stochastic sampler of Karras et al., VE only).
-        ancestral: after a step to sigma_down, add noise up to the grid's level (Euler on VE is ancestral sampling).
+        churn: raise the noise level before each step (stochastic sampler of Karras et al.).
+        ancestral: step further down than the grid's time and add noise up to it (with `Euler` on VE this is ancestral
+            sampling).
     Yields:
         A `SolveState` after each step.
     Raises:
@@ -135,29 +137,28 @@ def solve(
         raise ValueError("the times of a solution must decrease")
     if noise is None and (ancestral or (churn is not None and churn.churn > 0)):
         raise ValueError("stochastic sampling needs a source of noise")
-    x, nfe = start, 0
-    points = [float(t) for t in times]
+    x, nfe, batch = start, 0, (start.shape[0],)
+    points = times.detach().cpu().double()
     for i, (t, s) in enumerate(pairwise(points), start=1):
-        raised = churn.raised(t, len(points) - 1) if churn else t
-        if churn and raised > t:
-            assert noise is not None
-            x = x + math.sqrt(raised**2 - t**2) * churn.noise * noise(i).to(x)
-        down, up = _ancestral_split(raised, s) if ancestral else (s, 0.0)
-        to_zero = down == 0 and solver.kind == Heun.kind
-        rule: Solver = Euler() if to_zero else solver
-        batch = (x.shape[0],)
-        x = rule.step(denoise, path, x, x.new_full(batch, raised), x.new_full(batch, down))
-        if up:
-            assert noise is not None
-            x = x + up * noise(i).to(x)
+        up = churn.raised(path, t, len(points) - 1) if churn else t
+        if noise is not None and up > t:
+            assert churn is not None
+            x = path.diffuse(x, t.to(x), up.to(x), churn.noise * noise(i).to(x))
+        down = _ancestral_target(path, up, s) if ancestral else s
+        rule: Solver = Euler() if down == 0 and solver.kind == Heun.kind else solver
+        x = rule.step(denoise, path, x, x.new_full(batch, float(up)), x.new_full(batch, float(down)))
+        if noise is not None and down < s:
+            x = path.diffuse(x, down.to(x), s.to(x), noise(i).to(x))
         nfe += rule.calls
-        yield SolveState(i, s, x, nfe)
+        yield SolveState(i, float(s), x, nfe)
 
 
-def _ancestral_split(t: float, s: float) -> tuple[float, float]:
-    """(sigma_down, sigma_up) with sigma_down^2 + sigma_up^2 = s^2 that keep the marginals of a VE step from t to s."""
-    up = math.sqrt(s**2 * (t**2 - s**2) / t**2)
-    return math.sqrt(s**2 - up**2), up
+def _ancestral_target(path: Path, t: Tensor, s: Tensor) -> Tensor:
+    """Where to step to from t so that noise up to s keeps the marginals: at the noise level ratio_s^2 / ratio_t.
+
+    The noise added is then what q(x_s | x_t, x0) has: on VE sigma_up^2 = s^2 (t^2 - s^2) / t^2.
+    """
+    return path.time(path.ratio(s) ** 2 / path.ratio(t))
 
 
 SOLVERS: dict[str, type] = {"euler": Euler, "heun": Heun, "dpm2": DPMSolver2}

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from cmtool.errors import ConfigError, nearest
 
 Kinds = Mapping[str, type]
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def to_dict(component: Any) -> Any:
@@ -46,7 +47,12 @@ def from_dict(data: Any, hint: Any, kinds: Kinds, where: str = "config") -> Any:
     Raises:
         ConfigError: unknown kinds or fields, missing fields, values of another type.
     """
+    if hint is Any:
+        return data
     origin = get_origin(hint)
+    components = _components(hint)
+    if components and isinstance(data, Mapping) and "kind" in data:
+        return _from_kind(data, components, kinds, where)
     if origin in (Union, types.UnionType):
         return _from_union(data, get_args(hint), kinds, where)
     if origin is Literal:
@@ -57,6 +63,8 @@ def from_dict(data: Any, hint: Any, kinds: Kinds, where: str = "config") -> Any:
         if not isinstance(data, (list, tuple)):
             raise ConfigError(f"{where}: expected a list, found {data!r}")
         inner = get_args(hint)
+        if origin is tuple and inner[-1] is not Ellipsis and len(data) != len(inner):
+            raise ConfigError(f"{where}: expected {len(inner)} values, found {len(data)}")
         items = [
             from_dict(item, inner[0] if inner[-1] is Ellipsis or origin is list else inner[i], kinds, f"{where}.{i}")
             for i, item in enumerate(data)
@@ -67,21 +75,14 @@ def from_dict(data: Any, hint: Any, kinds: Kinds, where: str = "config") -> Any:
             raise ConfigError(f"{where}: expected named values, found {data!r}")
         inner = get_args(hint)[1]
         return {str(key): from_dict(value, inner, kinds, f"{where}.{key}") for key, value in data.items()}
-    if hint is Any:
-        return data
-    if hint in (bool, int, float, str, type(None)):
+    if hint in _PLAIN:
         return _plain(data, hint, where)
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where}: expected the fields of a {getattr(hint, '__name__', hint)}, found {data!r}")
-    kind = data.get("kind")
-    cls = hint
-    if kind is not None:
-        if kind not in kinds:
-            raise ConfigError(f"{where}: there is no kind {kind!r}", nearest(str(kind), kinds))
-        cls = kinds[kind]
-    if not dataclasses.is_dataclass(cls):
+    if not dataclasses.is_dataclass(hint):
         raise ConfigError(f"{where}: the kind is missing", f"add kind = one of {', '.join(sorted(kinds))}")
-    return _build(cls, {key: value for key, value in data.items() if key != "kind"}, kinds, where)
+    assert isinstance(hint, type)
+    return _build(hint, dict(data), kinds, where)
 
 
 def replace(component: Any, path: str, value: str, kinds: Kinds) -> Any:
@@ -130,7 +131,7 @@ def _parse(text: str, hint: Any, kinds: Kinds) -> Any:
                 parsed = _parse(text, arg, kinds)
                 if not isinstance(parsed, str):
                     return parsed
-        return {"kind": text} if text in kinds else text
+        return {"kind": text} if _components(hint) else text
     if origin in (tuple, list):
         return [_parse(part.strip(), args[0], kinds) for part in text.split(",") if part.strip()]
     if hint is bool:
@@ -153,6 +154,21 @@ def _plain(data: Any, hint: type, where: str) -> Any:
         return data
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
     raise ConfigError(f"{where}: expected {names[hint]}, found {data!r}")
+
+
+def _components(hint: Any) -> tuple[type, ...]:
+    """The classes of components among the alternatives of a type; a protocol or `object` stands for all of them."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return tuple(option for option in options if isinstance(option, type) and option not in _PLAIN)
+
+
+def _from_kind(data: Mapping[str, Any], components: tuple[type, ...], kinds: Kinds, where: str) -> Any:
+    open_to_all = not all(dataclasses.is_dataclass(cls) for cls in components)
+    allowed = {kind: cls for kind, cls in kinds.items() if open_to_all or issubclass(cls, components)}
+    kind = data["kind"]
+    if not isinstance(kind, str) or kind not in allowed:
+        raise ConfigError(f"{where}: there is no kind {kind!r} here", nearest(str(kind), allowed))
+    return _build(allowed[kind], {key: value for key, value in data.items() if key != "kind"}, kinds, where)
 
 
 def _from_union(data: Any, options: tuple[Any, ...], kinds: Kinds, where: str) -> Any:

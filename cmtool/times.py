@@ -44,6 +44,11 @@ class Karras:
         top, bottom = path.t_max ** (1 / self.rho), path.t_min ** (1 / self.rho)
         return (t.double() ** (1 / self.rho) - top) / (bottom - top)
 
+    def between(self, path: Path, t: Tensor, r: Tensor, share: float) -> Tensor:
+        """The times that lie this share of the way from t to r in the coordinate; float32."""
+        start, end = self.locate(path, t), self.locate(path, r)
+        return self.at(path, start + (end - start) * share)
+
     def times(self, path: Path, num: int) -> Tensor:
         """`num` decreasing times from t_max to t_min, both included; float32 [num]."""
         if num < 2:
@@ -149,9 +154,9 @@ class Adjacent:
 
     def neighbours(self, path: Path, index: Tensor, num: int) -> Times:
         """The times of given grid indices (0 is t_max) on a grid of `num` points."""
-        t = self.grid.at(path, index / (num - 1))
-        r = self.grid.at(path, (index + 1) / (num - 1))
-        return Times(t, r, torch.full_like(t, path.t_min))
+        grid = self.grid.times(path, num).to(index.device)
+        t = grid[index]
+        return Times(t, grid[index + 1], torch.full_like(t, path.t_min))
 
 
 GRIDS: dict[str, type] = {"karras": Karras}

@@ -1,22 +1,18 @@
 """What a command says: results on stdout, everything else on stderr.
 
 Results are plain lines or one JSON object, never wrapped and never coloured when piped. Notes, progress and errors go
-to stderr; `--quiet` silences the first two.
+to stderr; `--quiet` silences the first two. rich is loaded where there is a terminal to paint on, and only then.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.text import Text
-
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+from typing import Any, Protocol, TextIO
 
 _quiet = False
 
@@ -41,19 +37,30 @@ def emit_rows(rows: Sequence[tuple[str, str]]) -> None:
     """Print aligned `name  value` lines: for people, yet one record a line for grep."""
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        out.print(Text.assemble((f"{name:<{width}}", "bold"), "  ", _fold(value)), soft_wrap=True)
+        _paint(sys.stdout, (f"{name:<{width}}", "bold"), "  ", _fold(value))
 
 
 def note(text: str) -> None:
     """Tell the user something that is no result."""
     if not _quiet:
-        err.print(Text(_fold(text)), soft_wrap=True)
+        _paint(sys.stderr, _fold(text))
 
 
 def error(message: str, hint: str) -> None:
     """The two lines every error ends in."""
-    err.print(Text.assemble(("error:", "bold red"), " ", _fold(message)), soft_wrap=True)
-    err.print(Text.assemble(("hint:", "bold"), " ", _fold(hint)), soft_wrap=True)
+    _paint(sys.stderr, ("error:", "bold red"), " ", _fold(message))
+    _paint(sys.stderr, ("hint:", "bold"), " ", _fold(hint))
+
+
+def _paint(stream: TextIO, *parts: str | tuple[str, str]) -> None:
+    """Print one line of text and (text, style) parts; never wrapped, styled on a terminal."""
+    if stream.isatty() or "FORCE_COLOR" in os.environ:
+        from rich.console import Console
+        from rich.text import Text
+
+        Console(file=stream, highlight=False).print(Text.assemble(*parts), soft_wrap=True)
+    else:
+        print("".join(part if isinstance(part, str) else part[0] for part in parts), file=stream)
 
 
 def _fold(text: str) -> str:
@@ -64,28 +71,29 @@ def _fold(text: str) -> str:
 class Update(Protocol):
     """Called with how much is done so far and a word about it."""
 
-    def __call__(self, done: float, text: str = "") -> None:
+    def __call__(self, done: int, text: str = "") -> None:
         """Show it, if it is time to."""
 
 
 @contextmanager
-def progress(title: str, total: float, *, every: float = 10.0) -> Iterator[Update]:
+def progress(title: str, total: int, *, done: int = 0, every: float = 10.0) -> Iterator[Update]:
     """Show how far something has come: a live bar on a terminal, else a plain line every `every` seconds.
 
     The last call before the end is always shown as a line when stderr is no terminal and any line was shown before.
     """
     if _quiet:
         yield lambda done, text="": None
-    elif err.is_terminal and not err.is_dumb_terminal:
-        with _live(title, total) as update:
+    elif sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        with _live(title, total, done) as update:
             yield update
     else:
-        with _lines(title, total, every) as update:
+        with _lines(title, total, done, every) as update:
             yield update
 
 
 @contextmanager
-def _live(title: str, total: float) -> Iterator[Update]:
+def _live(title: str, total: int, first: int) -> Iterator[Update]:
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -101,23 +109,24 @@ def _live(title: str, total: float) -> Iterator[Update]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
     )
-    with Progress(*columns, console=err) as bar:
-        task = bar.add_task(title, total=total, text="")
+    # rich would take stdout's lines above the bar, on stderr: right on a terminal, a loss in a pipe.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(title, total=total, completed=first, text="")
         yield lambda done, text="": bar.update(task, completed=done, text=_fold(text))
 
 
 @contextmanager
-def _lines(title: str, total: float, every: float) -> Iterator[Update]:
+def _lines(title: str, total: int, first: int, every: float) -> Iterator[Update]:
     start = shown = time.monotonic()
     last = line = ""
 
-    def update(done: float, text: str = "") -> None:
+    def update(done: int, text: str = "") -> None:
         nonlocal shown, last, line
         now = time.monotonic()
-        left = (now - start) * (total - done) / done if done else 0.0
-        line = f"{title} {done:g}/{total:g}" + (f", {clock(left)} left" if done < total else "")
+        line = f"{title} {done:,}/{total:,}"
+        line += f", {clock((now - start) * (total - done) / (done - first))} left" if first < done < total else ""
         line += f", {text}" if text else ""
         if now - shown >= every:
             shown, last = now, line

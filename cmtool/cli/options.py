@@ -159,7 +159,7 @@ Device = Annotated[
 ]
 Precision = Annotated[
     str,
-    typer.Option("--precision", help="Of the network; auto: bf16 on CUDA.", **one_of("--precision", PRECISIONS)),
+    typer.Option("--precision", help="Of the network; auto: bf16 where fast.", **one_of("--precision", PRECISIONS)),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Seeds = Annotated[

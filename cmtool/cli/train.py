@@ -27,6 +27,9 @@ Duration = Annotated[str | None, typer.Option("--duration", metavar="COUNT", hel
 Batch = Annotated[int | None, typer.Option("--batch", metavar="N", min=1, help="Images a step, over all devices.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate.")]
 Init = Annotated[Path | None, typer.Option("--init", metavar="PATH", help="Start from the weights of this model.")]
+Backbone = Annotated[
+    Path | None, typer.Option("--lpips-backbone", metavar="FILE", help="The pretrained network of the LPIPS distance.")
+]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Of everything random. [default: 0]")]
 Resolution = Annotated[
     int | None, typer.Option("--resolution", metavar="N", min=1, help="Crop and resize the images to this side.")
@@ -68,6 +71,7 @@ def train(
     batch: Batch = None,
     lr: LearningRate = None,
     init: Init = None,
+    lpips_backbone: Backbone = None,
     seed: Seed = None,
     resolution: Resolution = None,
     crop: Crop = None,
@@ -103,6 +107,7 @@ def distill(
     batch: Batch = None,
     lr: LearningRate = None,
     init: Init = None,
+    lpips_backbone: Backbone = None,
     seed: Seed = None,
     resolution: Resolution = None,
     crop: Crop = None,

@@ -22,6 +22,7 @@ from cmtool.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from cmtool.flow.flow_map import FlowMap, ModelCard
     from cmtool.io.data import Dataset
@@ -46,6 +47,7 @@ class Request:
     batch: int | None
     lr: float | None
     init: Path | None
+    lpips_backbone: Path | None
     seed: int | None
     resolution: int | None
     crop: str | None
@@ -86,8 +88,10 @@ def run(request: Request) -> None:
     from cmtool.io.data import open_data
     from cmtool.training.presets import Shape
 
-    # Everything that can be wrong with the options is found before anything large is read.
-    _check_teacher(_recipe(request, earlier, Shape()), settings["teacher"])
+    # What can be wrong with the options is found before anything large is read.
+    draft = _recipe(request, earlier, Shape(), judge_network=False)
+    _check_teacher(draft, settings["teacher"])
+    backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
     teacher = checkpoint.load(settings["teacher"], role="denoiser", device=device) if settings["teacher"] else None
@@ -95,14 +99,7 @@ def run(request: Request) -> None:
     data = open_data(**settings["data"])
     if teacher is not None:
         _check_data(data, teacher)
-    model = init or teacher
-    classes = len(data.class_names) if data.labels is not None else 0
-    shape = Shape(data.report.resolution, data.report.channels, classes)
-    if model is not None:
-        shape = dataclasses.replace(
-            shape, network=model.network.config, path=model.path, parameterization=model.parameterization
-        )
-    recipe = _recipe(request, earlier, shape)
+    recipe = _recipe(request, earlier, _shape(data, init or teacher))
     _check_labels(data, recipe)
     config = _config(recipe, settings, data)
     if resumed:
@@ -112,7 +109,17 @@ def run(request: Request) -> None:
         return
 
     card = _card(recipe, settings, data, teacher)
-    trainer = _trainer(recipe, data, card, teacher, init, settings["seed"], device, compute)
+    trainer = _trainer(
+        recipe,
+        data,
+        card,
+        teacher=teacher,
+        init=init,
+        backbone=backbone,
+        seed=settings["seed"],
+        device=device,
+        compute_dtype=compute,
+    )
     if resumed:
         state = folder.latest()
         if state is not None:
@@ -150,8 +157,11 @@ def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape) -> Recipe:
-    """The preset for data of this shape, changed by the earlier config, then by --set, then by the named flags."""
+def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge_network: bool = True) -> Recipe:
+    """The preset for data of this shape, changed by the earlier config, then by --set, then by the named flags.
+
+    Without `judge_network` its settings are left out: what is right for them depends on the true shape.
+    """
     from cmtool import spec
     from cmtool.training import presets
     from cmtool.training.recipe import KINDS, Recipe
@@ -170,6 +180,8 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape) -> Recip
         path, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text}: expected NAME=VALUE", f"see cmtool presets show {name} --recipe")
+        if path.startswith("network.") and not judge_network:
+            continue
         recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
     return _with_flags(recipe, request)
 
@@ -214,15 +226,28 @@ def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset) -> dict[
     }
 
 
+def _shape(data: Dataset, start: FlowMap | None) -> Shape:
+    """What data and starting weights fix of the recipe."""
+    from cmtool.training.presets import Shape
+
+    classes = len(data.class_names) if data.labels is not None else 0
+    shape = Shape(data.report.resolution, data.report.channels, classes)
+    if start is None:
+        return shape
+    network: Any = start.network.config
+    return dataclasses.replace(shape, network=network, path=start.path, parameterization=start.parameterization)
+
+
 def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None) -> ModelCard:
     from cmtool.flow.flow_map import ModelCard
 
+    classes = recipe.network.num_classes
     return ModelCard(
         role=recipe.role,
         resolution=data.report.resolution,
         channels=data.report.channels,
-        num_classes=recipe.network.num_classes,
-        class_names=data.class_names if recipe.network.num_classes == len(data.class_names) else (),
+        num_classes=classes,
+        class_names=data.class_names if classes == len(data.class_names) else (),
         teacher=settings["teacher"] or "",
         data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
         licence=teacher.card.licence if teacher is not None else "",
@@ -296,20 +321,28 @@ def _describe(config: Mapping[str, Any], as_json: bool) -> None:
 # Running.
 
 
-def _trainer(
-    recipe: Recipe,
-    data: Dataset,
-    card: ModelCard,
-    teacher: FlowMap | None,
-    init: FlowMap | None,
-    seed: int,
-    device: torch.device,
-    compute: torch.dtype | None,
-) -> Trainer:
+def _backbone(recipe: Recipe, file: Path | None) -> Mapping[str, Tensor] | None:
+    """The trunk of LPIPS if the recipe needs it."""
+    from cmtool.io.backbones import read_backbone
+    from cmtool.training.distances import LPIPS, import_lpips
+
+    distance = recipe.objective.distance
+    if isinstance(distance, LPIPS):
+        import_lpips()
+        return read_backbone(distance.net, file)
+    if file is not None:
+        raise UsageError(
+            f"the preset {recipe.preset} compares by {distance.kind} and would ignore --lpips-backbone",
+            "leave it out, or add --set objective.distance=lpips",
+        )
+    return None
+
+
+def _trainer(recipe: Recipe, data: Dataset, card: ModelCard, **rest: Any) -> Trainer:
     from cmtool.training.trainer import Trainer
 
     try:
-        return Trainer(recipe, data, card, teacher=teacher, init=init, seed=seed, device=device, compute_dtype=compute)
+        return Trainer(recipe, data, card, **rest)
     except RuntimeError as error:
         if "loading state_dict" not in str(error):
             raise
@@ -334,11 +367,11 @@ def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: s
 def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
     total = trainer.recipe.iterations
     log_every = request.log_every or max(1, min(100, total // 50))
-    save_every = request.save_every or max(1, total // 5)
-    sample_every = max(1, total // 10) if request.sample_every is None else request.sample_every
+    save_every = request.save_every or max(100, total // 5)
+    sample_every = max(100, total // 10) if request.sample_every is None else request.sample_every
     losses: list[torch.Tensor] = []
     first, last, text, loss = trainer.step, time.monotonic(), "", None
-    with console.progress(trainer.recipe.preset, total) as update, _stop_signal() as stopped:
+    with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal() as stopped:
         for report in trainer.run():
             losses.append(report.loss)
             ending = report.step == total or stopped()

@@ -68,22 +68,7 @@ class Parameterization(Protocol):
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The DDIM form of a jump, shared by all parameterizations whose estimate is a denoiser's."""
-
-    def denoised(self, path: Path, t: Tensor) -> Coefficients:
-        raise NotImplementedError
-
-    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
-        """Coefficients of x_s = keep x_t + (alpha_s - alpha_t keep) D, keep = sigma_s / sigma_t (CTM's form)."""
-        skip, out, inp = self.denoised(path, t)
-        keep = path.sigma(s) / path.sigma(t)
-        scale = path.alpha(s) - path.alpha(t) * keep
-        return Coefficients(keep + scale * skip, scale * out, inp)
-
-
-@dataclass(frozen=True)
-class EDM(_Base):
+class EDM:
     """Preconditioning of Karras et al. (2022), arXiv:2206.00364, table 1, read at sigma / alpha on any path.
 
     On `Trig` with the same sigma_data it is TrigFlow: skip cos t, out sigma_data sin t, inp 1 / sigma_data.
@@ -98,6 +83,15 @@ class EDM(_Base):
         variance = sigma**2 + (alpha * data) ** 2
         root = variance.sqrt()
         return Coefficients(alpha * data**2 / variance, sigma * data / root, 1 / root)
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """`Path.transport` of the estimate, with sigma_t divided out: finite at sigma_t = 0, exactly x_t at s = t."""
+        alpha, sigma, data = path.alpha(t), path.sigma(t), self.sigma_data
+        alpha_s, sigma_s = path.alpha(s), path.sigma(s)
+        variance = sigma**2 + (alpha * data) ** 2
+        root = variance.sqrt()
+        skip = (sigma * sigma_s + (alpha * data) * (alpha_s * data)) / variance
+        return Coefficients(skip, (alpha_s * sigma - alpha * sigma_s) * data / root, 1 / root)
 
     def noise(self, path: Path, t: Tensor) -> Tensor:
         return self.time_input(path, t)
@@ -118,25 +112,29 @@ class BoundaryEDM(EDM):
     kind: ClassVar[str] = "boundary_edm"
 
     def denoised(self, path: Path, t: Tensor) -> Coefficients:
-        alpha, ratio, data = path.alpha(t), path.ratio(t), self.sigma_data
-        eps = path.ratio(t.new_tensor(path.t_min))
-        alpha_min = path.alpha(t.new_tensor(path.t_min))
-        root = (ratio**2 + data**2).sqrt()
-        skip = data**2 / ((ratio - eps) ** 2 + data**2)
-        return Coefficients(alpha_min * skip / alpha, alpha_min * (ratio - eps) * data / root, 1 / (alpha * root))
+        alpha, alpha_min, data = path.alpha(t), path.alpha(t.new_tensor(path.t_min)), self.sigma_data
+        gap = _gap(path, t)
+        root = (path.sigma(t) ** 2 + (alpha * data) ** 2).sqrt()
+        # skip and out of the paper with ratio - eps = gap / (alpha alpha_min), times alpha_min to land on the path.
+        skip = (alpha * data) * (alpha_min * data) / ((gap / alpha_min) ** 2 + (alpha * data) ** 2)
+        return Coefficients(skip, gap * data / root, 1 / root)
 
     def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
         skip, out, inp = self.denoised(path, t)
-        eps = path.ratio(t.new_tensor(path.t_min))
         # The share of x_t that is kept; where t is t_min itself, f is x and the share does not matter.
-        share = (path.ratio(s) - eps) / (path.ratio(t) - eps).clamp_min(torch.finfo(t.dtype).tiny)
-        keep = share * path.alpha(s) / path.alpha(t)
-        scale = (1 - share) * path.alpha(s) / path.alpha(t.new_tensor(path.t_min))
+        keep = _gap(path, s) / _gap(path, t).clamp_min(torch.finfo(t.dtype).tiny)
+        scale = (path.alpha(s) - path.alpha(t) * keep) / path.alpha(t.new_tensor(path.t_min))
         return Coefficients(keep + scale * skip, scale * out, inp)
 
 
+def _gap(path: Path, t: Tensor) -> Tensor:
+    """alpha_min sigma_t - alpha_t sigma_min: how far t is from t_min, exactly 0 there; t - t_min on VE."""
+    start = t.new_tensor(path.t_min)
+    return path.alpha(start) * path.sigma(t) - path.alpha(t) * path.sigma(start)
+
+
 @dataclass(frozen=True)
-class Velocity(_Base):
+class Velocity:
     """The network predicts dx_t / dt of the path. On `Linear`, D = x_t - t F and the jump is x_t - (t - s) F."""
 
     kind: ClassVar[str] = "velocity"
@@ -148,6 +146,15 @@ class Velocity(_Base):
         d_alpha, d_sigma = path.derivative(t)
         det = alpha * d_sigma - sigma * d_alpha
         return Coefficients(d_sigma / det, -sigma / det, torch.ones_like(t))
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """`Path.transport` of the estimate: alpha_s x0 + sigma_s eps for the x0 and eps that explain x_t and F."""
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        alpha_s, sigma_s = path.alpha(s), path.sigma(s)
+        d_alpha, d_sigma = path.derivative(t)
+        det = alpha * d_sigma - sigma * d_alpha
+        skip = (alpha_s * d_sigma - sigma_s * d_alpha) / det
+        return Coefficients(skip, (alpha * sigma_s - alpha_s * sigma) / det, torch.ones_like(t))
 
     def noise(self, path: Path, t: Tensor) -> Tensor:
         return self.time_input(path, t)

@@ -145,7 +145,7 @@ class Linear(Path):
         return -torch.ones_like(t), torch.ones_like(t)
 
     def time(self, ratio: Tensor) -> Tensor:
-        return ratio / (1 + ratio)
+        return 1 / (1 + 1 / ratio)  # not ratio / (1 + ratio): at t = 1 the ratio is infinite
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
+_PARTS = ("network", "path", "parameterization", "card")
 _MAX_HEADER = 64 * 2**20  # bytes; the largest published networks need well under one
 
 
@@ -119,13 +120,13 @@ def header(source: str | os.PathLike[str]) -> dict[str, Any]:
         dtypes = sorted({str(entry["dtype"]) for entry in raw.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} has a damaged header", "get the file again") from error
-    if not isinstance(described, dict) or not described.keys() >= {"network", "path", "parameterization", "card"}:
+    if not isinstance(described, dict) or not all(isinstance(described.get(part), dict) for part in _PARTS):
         raise CheckpointError(f"{path} has an incomplete header", "get the file again")
     return {
         "file": str(path),
         "format": FORMAT,
         "version": metadata.get("cmtool.version", ""),
-        **{key: described[key] for key in ("network", "path", "parameterization", "card")},
+        **{part: described[part] for part in _PARTS},
         "parameters": count,
         "dtypes": dtypes,
         "bytes": size,
@@ -160,13 +161,16 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
 
     from cmtool import networks
     from cmtool.flow.flow_map import FlowMap, ModelCard
-    from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS
-    from cmtool.flow.path import PATHS
+    from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Velocity
+    from cmtool.flow.path import PATHS, VE, Linear, Trig
 
     kinds = {**networks.CONFIGS, **PATHS, **PARAMETERIZATIONS, **TIME_INPUTS}
     try:
         config = spec.from_dict(described["network"], networks.Config, kinds, "network")
-        parts = [spec.from_dict(described[name], object, kinds, name) for name in ("path", "parameterization")]
+        noising = spec.from_dict(described["path"], VE | Linear | Trig, kinds, "path")
+        parameterization = spec.from_dict(
+            described["parameterization"], EDM | BoundaryEDM | Velocity, kinds, "parameterization"
+        )
         card = spec.from_dict(described["card"], ModelCard, kinds, "card")
     except ConfigError as error:
         raise CheckpointError(
@@ -177,9 +181,13 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
         state = safetensors.torch.load_file(path, device="cpu")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "get the file again") from error
-    with torch.device("meta"):
-        network = networks.build(config)
-    expected = network.state_dict()
+    try:
+        if config.num_blocks > len(state):  # each block has weights: do not even try
+            raise ValueError("too many blocks")
+        with torch.device("meta"):
+            expected = networks.build(config).state_dict()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path} describes a network that cannot be built", "get the file again") from error
     missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
     wrong = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
     if missing or extra or wrong:
@@ -193,7 +201,7 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
     network.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     )
-    model = FlowMap(network, parts[0], parts[1], card)
+    model = FlowMap(network, noising, parameterization, card)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.requires_grad_(False).eval()
 

@@ -143,7 +143,7 @@ def open_data(
     """Read a data set into memory.
 
     Sources:
-        `digits`, `digits:train`, `digits:test`: the embedded digits (`io/digits.py`).
+        `digits`, `digits:train`, `digits:test`: the embedded digits (`io/digits.py`); a folder named so is ./digits.
         A folder or a zip: all images in it at any depth, in the order of their names. A `dataset.json` at its root
         gives the labels, {"labels": [[name, int], ...] or null} (the format of EDM); without one the top-level
         sub-folders are the classes, in the order of their names (of their values, if all are whole numbers). A folder
@@ -317,18 +317,19 @@ def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[n
         for place in places:
             name = source.names[chosen[place]]
             try:
-                image = source.open(chosen[place])
-                mode, size = image.mode, image.size
-                tally.sizes[size] += 1
-                if plan.misfit(size):
-                    tally.misfits += 1
-                    tally.first_misfit = tally.first_misfit or (name, size)
-                    hopeless = True
-                if hopeless:  # from here on only headers are read, to say how many there are
-                    continue
-                image = to_channels(flatten(*load(image, name)), plan.channels)
+                opened = source.open(chosen[place])
+                mode, size = opened.mode, opened.size
+                if not hopeless:  # else only headers are read, to say how many misfits there are
+                    image = to_channels(flatten(*load(opened, name)), plan.channels)
             except UnreadableImageError as error:
                 tally.drop(error)
+                continue
+            tally.sizes[size] += 1
+            if plan.misfit(size):
+                tally.misfits += 1
+                tally.first_misfit = tally.first_misfit or (name, size)
+                hopeless = True
+            if hopeless:
                 continue
             if mode != image.mode:
                 tally.converted[mode] += 1
@@ -402,13 +403,14 @@ def _shortest(tally: _Tally) -> int:
 def _misfit_error(source: str, plan: _Plan, tally: _Tally) -> DataError:
     assert tally.first_misfit is not None
     name, (width, height) = tally.first_misfit
-    which = f"found {tally.misfits:,} others, first {name} with {width}x{height}"
+    reason = plan.misfit((width, height))
+    others = "smaller" if reason == "too small" else "others"
+    which = f"found {tally.misfits:,} {others}, first {name} with {width}x{height}"
     if plan.exact:
         sizes = [f"{width}x{height} ({count:,})" for (width, height), count in tally.sizes.most_common()]
         which = f"found {', '.join(sizes[:4])}" + (f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else "")
         hint = f"--resolution {_shortest(tally)} crops and resizes all images to one size"
         return DataError(f"expected images of one square size in {source!r}, {which}", hint)
-    reason = plan.misfit((width, height))
     if reason == "not square":
         return DataError(f"expected square images in {source!r}, {which}", "cut out the middle with --crop center")
     wanted = f"{plan.resolution}x{plan.resolution}"

@@ -47,7 +47,6 @@ _WRITERS: dict[str, tuple[str, dict[str, object]]] = {
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".webp": ("WEBP", {"lossless": True}),
     ".bmp": ("BMP", {}),
-    ".ppm": ("PPM", {}),
     ".tif": ("TIFF", {"compression": "tiff_adobe_deflate"}),
     ".tiff": ("TIFF", {"compression": "tiff_adobe_deflate"}),
 }
@@ -140,7 +139,7 @@ def write_image(target: str | Path, image: Tensor) -> None:
     The file appears complete or not at all, and folders on the way are made. JPEG is the only lossy format here.
 
     Args:
-        target: a path that ends in .png, .jpg, .jpeg, .webp, .bmp, .ppm, .tif or .tiff; or "-".
+        target: a path that ends in .png, .jpg, .jpeg, .webp, .bmp, .tif or .tiff; or "-".
         image: uint8 [1, H, W] or [3, H, W].
     Raises:
         UsageError: another suffix, or standard output is a terminal.

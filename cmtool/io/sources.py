@@ -265,22 +265,21 @@ def _from_array(
 def _from_arrays_file(source: str, path: Path) -> Source:
     images: Any
     labels: Any = None
-    with _undamaged(source):
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            kind, images = "npy", content
+    with _undamaged(source), open(path, "rb") as file:  # numpy forgets to close a damaged .npz that it opened itself
+        zipped = file.read(2) == b"PK"
+        file.seek(0)
+        if not zipped:
+            kind, images = "npy", np.load(path, mmap_mode="r", allow_pickle=False)
         else:
-            with content:
+            with np.load(file, allow_pickle=False) as content:
                 size = sum(info.file_size for info in content.zip.infolist())
                 if size > memory_limit():
                     raise DataError(f"{source!r} unpacks to {size / 2**30:.1f} GiB", "split it")
                 image_key = next((key for key in _IMAGE_KEYS if key in content), None)
                 label_key = next((key for key in _LABEL_KEYS if key in content), None)
                 if image_key is None:
-                    found = ", ".join(content) or "nothing"
-                    raise DataError(
-                        f"expected images in {source!r}, found the arrays {found}", f"name one {_either(_IMAGE_KEYS)}"
-                    )
+                    found = f"expected images in {source!r}, found {', '.join(content) or 'nothing'}"
+                    raise DataError(found, f"name one {', '.join(_IMAGE_KEYS[:-1])} or {_IMAGE_KEYS[-1]}")
                 kind, images = "npz", content[image_key]
                 labels = content[label_key] if label_key else None
     images = _channels_last(images, source)
@@ -318,10 +317,6 @@ def _describe(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
-def _either(words: Sequence[str]) -> str:
-    return ", ".join(words[:-1]) + " or " + words[-1]
-
-
 @contextlib.contextmanager
 def _undamaged(source: str) -> Iterator[None]:
     """zipfile and numpy answer bad bytes with a dozen kinds of exception; only calls to them belong inside."""
@@ -330,7 +325,7 @@ def _undamaged(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        if "pickle" in str(error).lower():  # numpy takes all bytes that it does not know for a pickle
+        if "pickle" in str(error).lower() or "Python objects" in str(error):  # numpy takes unknown bytes for a pickle
             message = f"expected plain arrays in {source!r}, found pickled objects or none at all"
             raise DataError(message, "save it with numpy.save or numpy.savez as uint8") from error
         reason = str(error) or type(error).__name__

@@ -72,7 +72,7 @@ class DDPMppConfig:
 
 @dataclass(frozen=True)
 class ADMConfig:
-    """The ADM U-Net of Dhariwal & Nichol (2021), arXiv:2105.05233, as released with Song et al. (2023), arXiv:2303.01469.
+    """The U-Net of Dhariwal & Nichol (2021), arXiv:2105.05233, as released with Song et al. (2023), arXiv:2303.01469.
 
     Args:
         resolution, in_channels, out_channels, num_classes, dropout, label_dropout, channels, channel_mult: see
@@ -175,7 +175,7 @@ def _check_common(config: Config) -> None:
 
 
 def tiny(resolution: int = 16, channels: int = 3, num_classes: int = 0) -> DDPMppConfig:
-    """DDPM++ with about half a million parameters, for tests and for minutes on a laptop.
+    """DDPM++ with 0.4 million parameters, for tests and for minutes on a laptop.
 
     `channels` is the number of image channels, here and in every other size.
     """
@@ -184,25 +184,29 @@ def tiny(resolution: int = 16, channels: int = 3, num_classes: int = 0) -> DDPMp
         in_channels=channels,
         out_channels=channels,
         num_classes=num_classes,
-        channels=32,
+        channels=24,
         channel_mult=(1, 2),
         num_blocks=1,
-        attention_resolutions=(resolution // 2,),
+        attention_resolutions=(),
     )
 
 
 def small(resolution: int = 32, channels: int = 3, num_classes: int = 0) -> DDPMppConfig:
-    """DDPM++ with two to three million parameters, for training on a CPU in an hour or two."""
-    levels = 2 if resolution <= 16 else 3
+    """DDPM++ with about three million parameters, for training on a CPU.
+
+    The finest levels are narrow, so that every level costs about the same; attention, which is slow to train on a CPU,
+    is only in the middle.
+    """
+    width, mult = (64, (1, 2)) if resolution <= 16 else (32, (1, 2, 4)) if resolution <= 32 else (32, (1, 2, 4, 4))
     return DDPMppConfig(
         resolution=resolution,
         in_channels=channels,
         out_channels=channels,
         num_classes=num_classes,
-        channels=64,
-        channel_mult=(1, 2, 2)[:levels],
-        num_blocks=2,
-        attention_resolutions=(resolution >> (levels - 1),),
+        channels=width,
+        channel_mult=mult,
+        num_blocks=1,
+        attention_resolutions=(),
     )
 
 

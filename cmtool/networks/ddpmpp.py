@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import DDPMppConfig, level_resolutions
-from cmtool.networks.layers import Conv2d, GroupNorm, Linear, Resample, attend, noise_features, one_hot
+from cmtool.networks.layers import Conv2d, GroupNorm, Linear, Resample, attend, look_up, noise_features, prepare
 
 Layer = TypeVar("Layer", bound=Linear | Conv2d)
 
@@ -82,9 +82,10 @@ class DDPMpp(nn.Module):
         features = noise_features(noise, count, endpoint=True) if self.map_noise is None else self.map_noise(noise)
         emb = torch.cat(features.chunk(2, dim=1)[::-1], dim=1)
         if self.map_label is not None:
-            classes = self.config.num_classes
+            # a linear map of the one-hot label, scaled to variance 1, is a row of a table
+            table = self.map_label.weight.t().to(emb.dtype) * math.sqrt(self.config.num_classes)
             hidden = self.config.label_dropout if self.training else 0.0
-            emb = emb + self.map_label(one_hot(labels, classes, noise, hidden) * math.sqrt(classes))
+            emb = emb + look_up(table, labels, len(emb), hidden) + self.map_label.bias.to(emb.dtype)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -95,14 +96,16 @@ class DDPMpp(nn.Module):
         Args:
             x: [B, in_channels, resolution, resolution]; its type is the type computed in.
             noise: what the network is told about the noise level, [B], float32.
-            labels: [B] int64, -1 for no label; None for no labels at all.
+            labels: [B] whole numbers, negative for no label; None for no labels at all.
             augment: [B, augment_dim], or None for zeros.
         Returns:
             [B, out_channels, resolution, resolution] in the type of `x`.
+        Raises:
+            ValueError: inputs that this network does not take.
         """
-        emb = self.embed(noise.to(torch.promote_types(x.dtype, torch.float32)), labels, augment)
-        emb = emb.to(x.dtype)
-        x = aux = x.contiguous(memory_format=torch.channels_last)
+        x, noise = prepare(x, noise, labels, augment, self.config.num_classes, self.config.augment_dim)
+        emb = self.embed(noise, labels, augment).to(x.dtype)
+        aux = x
         skips: list[Tensor] = []
         for name, layer in self.enc.items():
             if name.endswith("aux_residual"):
@@ -159,8 +162,8 @@ def _qkv_blocks(conv: Conv2d, x: Tensor) -> Tensor:
     """The projection to queries, keys and values, whose stored rows alternate q, k, v, as three blocks of rows."""
     weight, bias = conv.weight, conv.bias
     assert bias is not None
-    rows = torch.arange(weight.shape[0], device=weight.device).view(-1, 3).t().reshape(-1)
-    return F.conv2d(x, weight[rows].to(x.dtype), bias[rows].to(x.dtype))
+    weight, bias = (rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1).to(x.dtype) for rows in (weight, bias))
+    return F.conv2d(x, weight, bias)
 
 
 class Fourier(nn.Module):
@@ -196,7 +199,7 @@ def _init(layer: Layer, gain: float = 1.0) -> Layer:
     return layer
 
 
-def _drop_filters(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _drop_filters(network: DDPMpp, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     taps = torch.tensor(network.config.resample_filter, dtype=torch.float32)
     expected = torch.outer(taps, taps) / taps.sum() ** 2
     for key in [key for key in state if key.startswith(prefix) and key.endswith(".resample_filter")]:

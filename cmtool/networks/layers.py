@@ -62,7 +62,7 @@ class GroupNorm(nn.GroupNorm):
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """Group norm with a weight and a bias [B, C] of each sample's own, then SiLU if asked."""
-    y = F.group_norm(x, groups, eps=eps)
+    y = F.group_norm(x.contiguous(), groups, eps=eps)  # its forward-mode derivative fails on other layouts
     y = torch.addcmul(bias.to(x.dtype)[:, :, None, None], y, weight.to(x.dtype)[:, :, None, None])
     return F.silu(y) if silu else y
 
@@ -71,39 +71,43 @@ class _Normalise(torch.autograd.Function):
     """`_normalise` for channels-last tensors on a CPU, where torch's kernel is several times slower than a copy.
 
     Sums over pixels, which are fast, do all the work: per sample and channel, out = silu(a x + c), and the gradient
-    is dx = a dz + c1 x + c0 with four numbers that come from the sums of x, x^2, dz and dz x.
+    is dx = a dz + c1 x + c0 with numbers that come from the sums of x, x^2, dz and dz x.
     """
 
     @staticmethod
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = _group_mean(wide.mean((2, 3)), groups)
         squares = wide.square() if wide is x else wide.square_()
         variance = _group_mean(squares.mean((2, 3)), groups) - mean.square()
         rstd = (variance.clamp_min(0) + eps).rsqrt()
-        y = _affine(x, weight, bias, mean, rstd)
-        return (F.silu(y, inplace=True) if silu else y), mean, rstd
+        factor = (weight * rstd).to(x.dtype)  # rounded before the mean is taken off: both see the same factor
+        y = torch.addcmul(_pixels(bias - mean * factor, x), x, _pixels(factor, x))
+        return (F.silu(y), y, mean, rstd) if silu else (y, y.new_empty(0), mean, rstd)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, ctx.groups, ctx.eps, ctx.silu = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.save_for_forward(x, weight, bias, mean, rstd)
+        _, *rest = output
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, *rest)
+        ctx.save_for_forward(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        x, weight, bias, y, mean, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is wanted: let torch do both
-            y = _normalise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
-            return (*torch.autograd.grad(y, (x, weight, bias), grad, create_graph=True), None, None, None)
+            out = _normalise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
+            return (*torch.autograd.grad(out, (x, weight, bias), grad, create_graph=True), None, None, None)
         if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, _affine(x, weight, bias, mean, rstd))
-        sum_grad = grad.sum((2, 3), dtype=mean.dtype)
-        sum_hat = ((grad * x).sum((2, 3), dtype=mean.dtype) - mean * sum_grad) * rstd
+            grad = torch.ops.aten.silu_backward(grad, y)
+        sum_grad = grad.sum((2, 3)).to(mean.dtype)  # accumulated wide, rounded once: enough for a gradient
+        sum_hat = ((grad * x).sum((2, 3)) - mean * sum_grad) * rstd
         pixels = x.shape[2] * x.shape[3]
         c1 = _group_mean(weight * sum_hat, ctx.groups) / -pixels * rstd.square()
         c0 = _group_mean(weight * sum_grad, ctx.groups) / -pixels * rstd - mean * c1
@@ -112,22 +116,26 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Any:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        weight, bias, mean, rstd = (part[:, :, None, None] for part in (weight, bias, mean, rstd))
-        hat = (x.to(mean.dtype) - mean) * rstd
+        x, weight, bias = ctx.saved_tensors  # and not the statistics: this has to be differentiable once more
+        weight, bias = weight[:, :, None, None], bias[:, :, None, None]
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+        def mean(values: Tensor) -> Tensor:
+            return _group_mean(values.mean((2, 3)), ctx.groups)[:, :, None, None]
+
+        centred = wide - mean(wide)
+        rstd = (mean(centred.square()) + ctx.eps).rsqrt()
+        hat = centred * rstd
         change = torch.zeros_like(hat)
         if dx is not None:
-            dx = dx.to(mean.dtype)
-            drift = _group_mean(dx.mean((2, 3)), ctx.groups)[:, :, None, None]
-            growth = _group_mean((hat * dx).mean((2, 3)), ctx.groups)[:, :, None, None]
-            change = change + weight * rstd * (dx - drift - hat * growth)
+            change = change + weight * rstd * (dx - mean(dx.to(hat.dtype)) - hat * mean(hat * dx))
         if dweight is not None:
             change = change + dweight[:, :, None, None] * hat
         if dbias is not None:
             change = change + dbias[:, :, None, None]
         if ctx.silu:
             change = torch.ops.aten.silu_backward(change, torch.addcmul(bias, hat, weight))
-        return change.to(x.dtype), None, None
+        return change.to(x.dtype), None, None, None
 
 
 def _group_mean(channels: Tensor, groups: int) -> Tensor:
@@ -139,12 +147,6 @@ def _group_mean(channels: Tensor, groups: int) -> Tensor:
 def _pixels(channels: Tensor, like: Tensor) -> Tensor:
     """[B, C] as [B, C, 1, 1] in the type of `like`."""
     return channels.to(like.dtype)[:, :, None, None]
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """weight (x - mean) rstd + bias, as one multiplication and one addition."""
-    factor = (weight * rstd).to(x.dtype)  # rounded before the mean is taken off, so that both see the same factor
-    return torch.addcmul(_pixels(bias - mean * factor, x), x, _pixels(factor, x))
 
 
 class Resample(nn.Module):
@@ -190,10 +192,13 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
         [B, C, H, W].
     """
     batch, _, height, width = qkv.shape
+    dtype = qkv.dtype
+    if qkv.device.type == "cpu":  # where the gradient of torch's bfloat16 kernel is several times slower
+        qkv = qkv.to(torch.promote_types(dtype, torch.float32))
     pixels = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, 3, num_heads, -1)
     q, k, v = (part.transpose(1, 2) for part in pixels.unbind(2))
     out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+    return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
 def noise_features(noise: Tensor, count: int, *, endpoint: bool) -> Tensor:
@@ -207,20 +212,38 @@ def noise_features(noise: Tensor, count: int, *, endpoint: bool) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def one_hot(labels: Tensor | None, num_classes: int, like: Tensor, hidden: float = 0.0) -> Tensor:
-    """Labels as rows [B, num_classes] of the type and device of `like` [B, ...]; all zero for no label (None or -1).
+def look_up(table: Tensor, labels: Tensor | None, batch: int, hidden: float = 0.0) -> Tensor:
+    """The rows of the table [num_classes, D] that the labels name, [batch, D]; zeros for no label (None or negative).
 
     Args:
         hidden: the share of labels to drop at random.
-    Raises:
-        ValueError: labels of another number or type.
     """
     if labels is None:
-        return like.new_zeros(like.shape[0], num_classes)
-    if labels.shape != like.shape[:1] or labels.is_floating_point():
-        raise ValueError(
-            f"labels are {labels.dtype} {tuple(labels.shape)}, not whole numbers of shape ({like.shape[0]},)"
-        )
+        return table.new_zeros(batch, table.shape[1])
+    known = labels >= 0
     if hidden:
-        labels = labels.masked_fill(torch.rand(labels.shape, device=labels.device) < hidden, -1)
-    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(like.dtype)
+        known = known & (torch.rand(labels.shape, device=labels.device) >= hidden)
+    return table[labels.clamp_min(0)] * known[:, None].to(table.dtype)
+
+
+def prepare(
+    x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None, num_classes: int, augment_dim: int
+) -> tuple[Tensor, Tensor]:
+    """The inputs of a network, checked; x laid out for speed, the noise in float32 or better.
+
+    Raises:
+        ValueError: labels, an augmentation vector or a noise of the wrong shape or type, or for a network without them.
+    """
+    batch = x.shape[0]
+    if noise.shape != (batch,):
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, not ({batch},)")
+    if labels is not None:
+        if not num_classes:
+            raise ValueError("labels were given to a network without labels")
+        if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not whole numbers of shape ({batch},)")
+    if augment is not None and (not augment_dim or augment.shape != (batch, augment_dim)):
+        raise ValueError(f"augment has shape {tuple(augment.shape)}; this network takes {augment_dim or 'no'} entries")
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, noise.to(torch.promote_types(x.dtype, torch.float32))

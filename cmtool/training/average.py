@@ -76,7 +76,7 @@ def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
     """
     ours, theirs = list(average.parameters()), list(model.parameters())
     if decay == 0:
-        torch._foreach_copy_(ours, theirs)
+        torch._foreach_copy_(_tensors(ours), _tensors(theirs))
     else:
         torch._foreach_lerp_(_tensors(ours), _tensors(theirs), 1 - decay)
     for mine, other in zip(average.buffers(), model.buffers(), strict=True):

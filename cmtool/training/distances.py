@@ -7,7 +7,9 @@ module from weights the caller has already read, so that a missing file is found
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -86,7 +88,8 @@ class LPIPSModule(nn.Module):
     def __init__(self, config: LPIPS, backbone: Mapping[str, Tensor]) -> None:
         super().__init__()
         lpips = import_lpips()
-        self.model: Any = lpips.LPIPS(net=config.net, pnet_rand=True, verbose=False)
+        with _old_torchvision_calls():
+            self.model: Any = lpips.LPIPS(net=config.net, pnet_rand=True, verbose=False)
         # Both sides number the layers of `features` alike; lpips only groups them into slices.
         state = {name: backbone["features." + name.split(".", 1)[1]] for name in self.model.net.state_dict()}
         self.model.net.load_state_dict(state, strict=True)
@@ -104,15 +107,12 @@ class LPIPSModule(nn.Module):
 
 def import_lpips() -> Any:
     """The `lpips` package, or a DependencyError that says how to mend the installation."""
-    import warnings
-
     from cmtool.compat import repair_torchvision
     from cmtool.errors import DependencyError
 
     repair_torchvision()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips still calls torchvision's old `pretrained=`
+        with _old_torchvision_calls():
             import lpips
     except (ImportError, RuntimeError) as error:
         raise DependencyError(
@@ -120,6 +120,14 @@ def import_lpips() -> Any:
             "install a torchvision built for your torch, or choose --set objective.distance=pseudo_huber",
         ) from error
     return lpips
+
+
+@contextmanager
+def _old_torchvision_calls() -> Iterator[None]:
+    """lpips still asks torchvision for models by `pretrained=`; that is nothing to warn our users of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def needs_backbone(distance: object) -> bool:
@@ -133,7 +141,8 @@ def build(distance: Any, backbone: Mapping[str, Tensor] | None) -> Distance:
         if backbone is None:
             raise ValueError("LPIPS needs the weights of its trunk")
         return distance.build(backbone)
-    return distance  # type: ignore[no-any-return]
+    chosen: Distance = distance
+    return chosen
 
 
 DISTANCES: dict[str, type] = {d.kind: d for d in (L1, L2, PseudoHuber, LPIPS)}

@@ -12,6 +12,7 @@ from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, Bo
 from cmtool.flow.path import PATHS, VE, Linear, Trig
 from cmtool.networks import CONFIGS
 from cmtool.networks.configs import ADMConfig, DDPMppConfig
+from cmtool.solvers import SOLVERS
 from cmtool.times import CURRICULA, GRIDS, TIME_SAMPLERS
 from cmtool.training.average import AVERAGES, Exponential, HalfLife
 from cmtool.training.distances import DISTANCES
@@ -73,6 +74,9 @@ class Recipe:
             raise ValueError(f"iterations and batch must be at least 1, found {self.iterations} and {self.batch}")
         if not self.averages:
             raise ValueError("at least one average of the weights is needed: it is what is sampled from")
+        names = [rule.name for rule in self.averages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two averages have the same name: {', '.join(names)}")
 
 
 KINDS: dict[str, type[Any]] = {
@@ -86,8 +90,10 @@ KINDS: dict[str, type[Any]] = {
     **WEIGHTS,
     **TARGETS,
     **TRAJECTORIES,
+    **SOLVERS,
     **OBJECTIVES,
     **AVERAGES,
+    Optimizer.kind: Optimizer,
     **CONFIGS,
 }
 

@@ -108,6 +108,7 @@ class Trainer:
         self.device = torch.device(device)
         self.order = Order(len(data), seed)
         self.step = 0
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
 
         with rng.forked(rng.derive(seed, 0), "cpu"):
             network = networks.build(recipe.network)
@@ -143,7 +144,6 @@ class Trainer:
         """
         recipe = self.recipe
         self.model.train()
-        healthy = torch.ones((), dtype=torch.bool, device=self.device)
         while self.step < recipe.iterations:
             progress = self.step / recipe.iterations
             lr = recipe.optimizer.rate(progress, self.images + recipe.batch)
@@ -155,14 +155,10 @@ class Trainer:
             loss.value.backward()
             limit = recipe.optimizer.clip_norm
             grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"), foreach=True)
-            healthy &= loss.value.isfinite() & grad_norm.isfinite()
+            self._finite &= loss.value.isfinite() & grad_norm.isfinite()
             self.step += 1
-            last = self.step == recipe.iterations
-            if (self.step % _CHECK_EVERY == 0 or last) and not bool(healthy):
-                raise DivergenceError(
-                    f"the loss or its gradient stopped being finite by step {self.step}",
-                    "try a lower --lr, or --precision fp32; the last checkpoint in the run folder is intact",
-                )
+            if self.step % _CHECK_EVERY == 0 or self.step == recipe.iterations:
+                self._check()
             self.optimizer.step()
             self._follow(progress)
             yield Report(
@@ -174,6 +170,14 @@ class Trainer:
                 loss.t,
                 grad_norm,
                 lr,
+            )
+
+    def _check(self) -> None:
+        """Raise if anything so far was not finite. Also called before weights leave, so none are saved that are not."""
+        if not bool(self._finite):
+            raise DivergenceError(
+                f"the loss or its gradient stopped being finite by step {self.step}",
+                "try a lower --lr, or --precision fp32; the last checkpoint in the run folder is intact",
             )
 
     def _batch(self, generator: torch.Generator) -> Batch:
@@ -205,13 +209,23 @@ class Trainer:
 
     @property
     def average(self) -> FlowMap:
-        """The first average: what is exported and previewed. Its card says which average it is."""
+        """The first average: what is exported and previewed. Its card says which average it is.
+
+        Raises:
+            DivergenceError: if the training has diverged.
+        """
+        self._check()
         name, (_, model) = next(iter(self.averages.items()))
         model.card = replace(model.card, average=name, iterations=self.step)
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a continued run needs; tensors and plain values only."""
+        """Everything a continued run needs; tensors and plain values only.
+
+        Raises:
+            DivergenceError: if the training has diverged.
+        """
+        self._check()
         return {
             "step": self.step,
             "seed": self.seed,
@@ -224,6 +238,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
+        self._finite.fill_(True)
         self.step, self.seed = state["step"], state["seed"]
         self.order = Order(len(self.data), self.seed)
         self.model.load_state_dict(state["model"])
@@ -248,10 +263,13 @@ def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:
 
 def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own optimizer for a config."""
-    rules: dict[str, type[torch.optim.Optimizer]] = {
+    rules: dict[str, Any] = {
         "radam": torch.optim.RAdam,
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    return rules[config.rule](parameters, **options, weight_decay=config.weight_decay, foreach=True)
+    optimizer: torch.optim.Optimizer = rules[config.rule](
+        parameters, **options, weight_decay=config.weight_decay, foreach=True
+    )
+    return optimizer

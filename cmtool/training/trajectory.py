@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from cmtool.errors import ConfigError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.solvers import DPMSolver2, Euler, Heun, Solver
 from cmtool.times import Karras
@@ -91,10 +92,11 @@ class TeacherTrajectory:
 
         solver: Solver = self.config.solver
         grid, path, n = self.config.grid, self.teacher.path, self.config.substeps
+        if model.path != path:
+            raise ConfigError(f"the student's path is {model.path}, its teacher's {path}", "leave out --set path")
         x, t = sample.x_t, sample.t
-        start, end = grid.locate(path, sample.t), grid.locate(path, r)
         for i in range(1, n + 1):
-            s = r if i == n else grid.at(path, start + (end - start) * (i / n)).to(r)
+            s = r if i == n else grid.between(path, sample.t, r, i / n)
             x = solver.step(denoise, path, x, t, s)
             t = s
         return x

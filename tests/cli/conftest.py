@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -52,3 +53,35 @@ def cli(monkeypatch) -> Callable[..., Result]:
             return Result(code, out.getvalue(), err.getvalue().decode())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """Tiny models with random weights: student.safetensors (three classes), plain.safetensors and teacher.safetensors.
+
+    Images are 8x8.
+    """
+    from cmtool.io import checkpoint
+    from tests.models import micro, model
+
+    folder = tmp_path_factory.mktemp("models")
+    classes = {"config": micro(num_classes=3), "class_names": ("ant", "bee", "cow"), "grid_points": 4}
+    checkpoint.save(model(**classes), folder / "student.safetensors")
+    checkpoint.save(model("denoiser", **classes), folder / "teacher.safetensors")
+    checkpoint.save(model(grid_points=4), folder / "plain.safetensors")
+    return folder
+
+
+@pytest.fixture
+def student(folder) -> Path:
+    return folder / "student.safetensors"
+
+
+@pytest.fixture
+def teacher(folder) -> Path:
+    return folder / "teacher.safetensors"
+
+
+@pytest.fixture
+def plain(folder) -> Path:
+    return folder / "plain.safetensors"

@@ -182,7 +182,7 @@ def test_nothing_heavy_is_imported(argv):
         "import sys\n"
         "from cmtool.cli.app import main\n"
         "code = main(sys.argv[1:])\n"
-        "heavy = {'torch', 'numpy', 'PIL', 'torchvision', 'lpips', 'sklearn', 'safetensors'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'rich', 'lpips', 'sklearn', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert code in (0, 2), code\n",
         *argv,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -64,3 +65,36 @@ def test_json_is_one_object(capsys):
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_clock(seconds, text):
     assert console.clock(seconds) == text
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_progress_is_live_and_errors_are_painted(monkeypatch, capsys):
+    terminal = Terminal()
+    monkeypatch.setattr(console.sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with console.progress("sample", 3) as update:
+        update(3, "loss 1 [red]")
+        console.emit_line("result")  # stdout is a pipe here: its lines stay there
+    console.error("it broke", "mend it " + "x" * 300)
+    text = terminal.getvalue()
+    assert "3/3" in text
+    assert "loss 1 [red]" in text
+    assert capsys.readouterr().out == "result\n"
+    assert "\x1b[1;31merror:\x1b[0m it broke\n" in text
+    assert text.endswith("mend it " + "x" * 300 + "\n")
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(console.sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    run(monkeypatch, 1.0, every=50)
+    assert terminal.getvalue().splitlines()[0] == "sample 50/100, 0:50 left, loss 50"

@@ -1,0 +1,60 @@
+"""Pretrained trunks of LPIPS: found on this machine, checked, read; never downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cmtool.errors import DependencyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VARIABLE = "CMTOOL_LPIPS_BACKBONE"
+FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # torchvision's names
+
+
+def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapping[str, Tensor]:
+    """The weights of a trunk, as torchvision names them (`features.N.weight`, ...).
+
+    Looked for in `given`, else in the file that $CMTOOL_LPIPS_BACKBONE names, else where torch.hub keeps its downloads.
+
+    Args:
+        net: "vgg" or "alex".
+    Raises:
+        DependencyError: a file that is missing, damaged (its name tells how its SHA-256 starts) or of another network.
+    """
+    import pickle
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    named = given or os.environ.get(VARIABLE)
+    path = Path(named) if named else Path(torch.hub.get_dir(), "checkpoints", FILES[net])
+    hint = f"put torchvision's {FILES[net]} there or name it with --lpips-backbone, or --set objective.distance=l2"
+    if not path.is_file():
+        raise DependencyError(f"LPIPS needs the weights of its {net} trunk, and there is no {path}", hint)
+    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    try:
+        if promised and not _sha256(path).startswith(promised[1]):
+            raise DependencyError(f"{path} is damaged: its SHA-256 does not start with {promised[1]}", hint)
+        if path.suffix == ".safetensors":
+            state: Mapping[str, Tensor] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        features = {name: state[name] for name in state if name.startswith("features.")}
+    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, ValueError, TypeError) as error:
+        raise DependencyError(f"{path} cannot be read as weights", hint) from error
+    if "features.0.weight" not in features:
+        raise DependencyError(f"{path} holds the weights of something else: no features.0.weight", hint)
+    return features
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,169 @@
+"""`cmtool inpaint`, `colorize` and `superres`: what is known stays, what does not fit is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+LUMA = np.array([0.2989, 0.5870, 0.1140])
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def png(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array.astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """8x8 RGB with every extreme in it."""
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
+    image[0, :4] = [[0, 0, 0], [255, 255, 255], [255, 0, 0], [1, 254, 128]]
+    return image
+
+
+@pytest.fixture
+def mask() -> np.ndarray:
+    """White in the lower right."""
+    mask = np.zeros((8, 8))
+    mask[3:, 2:] = 255
+    return mask
+
+
+@pytest.fixture
+def inputs(tmp_path, picture, mask):
+    """image.png and mask.png in an empty current folder's parent."""
+    (tmp_path / "image.png").write_bytes(png(picture))
+    (tmp_path / "mask.png").write_bytes(png(mask))
+    return tmp_path
+
+
+def test_inpaint_keeps_known_pixels_and_makes_the_rest_new(cli, student, inputs, picture, mask):
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "mask.png")
+    result = cli(*ask, "--out", inputs / "fixed.png")
+    assert result.code == 0, result.stderr
+    assert result.lines == [str(inputs / "fixed.png")]
+    fixed, hole = read(inputs / "fixed.png"), mask > 0
+    assert np.array_equal(fixed[~hole], picture[~hole])
+    assert (fixed[hole] != picture[hole]).any(-1).mean() > 0.9
+    assert cli(*ask, "--out", inputs / "again.png").code == 0
+    assert np.array_equal(read(inputs / "again.png"), fixed)
+
+    assert cli(*ask, "--invert-mask", "--out", inputs / "inverse.png").code == 0
+    inverse = read(inputs / "inverse.png")
+    assert np.array_equal(inverse[hole], picture[hole])
+    assert (inverse[~hole] != picture[~hole]).any(-1).mean() > 0.9
+
+
+def test_several_answers_each_by_its_own_seed(cli, student, inputs, mask):
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "mask.png")
+    told = json.loads(cli(*ask, "--seeds", "0-4", "--batch", 2, "--out", inputs / "o", "--json").stdout)
+    assert [entry["seed"] for entry in told["images"]] == [0, 1, 2, 3, 4]
+    answers = [read(entry["path"]) for entry in told["images"]]
+    assert len({answer.tobytes() for answer in answers}) == 5
+    cli(*ask, "--seeds", "3", "--out", inputs / "3.png")
+    assert np.abs(read(inputs / "3.png") - answers[3]).max() <= 1
+    cli(*ask, "--seeds", "4,3", "--out", inputs / "n-{seed}.png")
+    assert np.abs(read(inputs / "n-000003.png") - answers[3]).max() <= 1
+
+
+def test_the_time_points_and_the_label_matter(cli, student, inputs):
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "mask.png", "--out", "-")
+    default = cli(*ask, "--labels", "bee")
+    assert default.code == 0, default.stderr
+    for more in (["--edit-steps", "1"], ["--times", "80,0.5"], ["--labels", "cow"]):
+        assert cli(*ask, "--labels", "bee", *more).stdout != default.stdout
+    # The whole grid of 4 points without t_min.
+    assert cli(*ask, "--labels", "bee", "--edit-steps", "3").stdout == default.stdout
+
+
+def test_a_transparent_part_is_the_mask(cli, student, inputs, picture, mask):
+    clear = np.dstack([picture, 255 - mask])
+    (inputs / "clear.png").write_bytes(png(clear))
+    ask = ("inpaint", "--model", student, "--out", inputs / "a.png", "--image")
+    assert cli(*ask, inputs / "clear.png").code == 0
+    known = mask == 0
+    assert np.array_equal(read(inputs / "a.png")[known], picture[known])
+    cli(*ask, "-", stdin=png(clear))
+    assert np.array_equal(read(inputs / "a.png")[known], picture[known])
+    cli(*ask, inputs / "image.png").error(2, "no transparent part", "--mask")
+
+
+def test_masks_may_come_through_the_pipe(cli, student, inputs, picture, mask):
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--out", "-", "--mask")
+    assert cli(*ask, "-", stdin=png(mask)).stdout == cli(*ask, inputs / "mask.png").stdout
+
+
+def test_an_empty_mask_is_told(cli, student, inputs, picture):
+    (inputs / "none.png").write_bytes(png(np.zeros((8, 8))))
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "none.png")
+    result = cli(*ask, "--out", inputs / "same.png")
+    assert "mask is empty" in result.stderr
+    assert np.array_equal(read(inputs / "same.png"), picture)
+    assert cli("-q", *ask, "--out", inputs / "same.png").stderr == ""
+
+
+def test_colorize_keeps_the_luma(cli, student, inputs):
+    grey = np.random.default_rng(1).integers(40, 216, (8, 8))
+    (inputs / "grey.png").write_bytes(png(grey))
+    result = cli("colorize", "--model", student, "--image", inputs / "grey.png", "--out", inputs / "colour.png")
+    assert result.code == 0, result.stderr
+    colour = read(inputs / "colour.png")
+    assert np.abs(colour @ LUMA - grey * LUMA.sum()).max() <= 1.5
+    assert (colour.max(-1) - colour.min(-1)).mean() > 5
+
+
+def test_superres_keeps_the_block_means(cli, student, inputs):
+    small = np.random.default_rng(2).integers(40, 216, (4, 4, 3))
+    ask = ("superres", "--model", student, "--factor", "2", "--out")
+    result = cli(*ask, "-", "--image", "-", stdin=png(small))
+    assert result.code == 0, result.stderr
+    large = read(io.BytesIO(result.stdout))
+    assert np.abs(large.reshape(4, 2, 4, 2, 3).mean((1, 3)) - small).max() <= 1
+    assert np.ptp(large.reshape(4, 2, 4, 2, 3), axis=(1, 3)).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["inpaint", "--image", "large.png", "--mask", "mask.png"], ["large.png is 16x12", "8x8"]),
+        (["inpaint", "--image", "image.png", "--mask", "large.png"], ["large.png is 16x12", "image.png is 8x8"]),
+        (["inpaint", "--image", "-", "--mask", "-"], ["one pipe"]),
+        (["inpaint", "--image", "nowhere.png", "--mask", "mask.png"], ["nowhere.png"]),
+        (["inpaint", "--image", "broken.png", "--mask", "mask.png"], ["broken.png"]),
+        (["inpaint", "--image", "image.png", "--mask", "broken.png"], ["broken.png"]),
+        (["inpaint", "--image", "-", "--mask", "mask.png"], ["standard input"]),
+        (["colorize", "--image", "large.png"], ["16x12", "8x8"]),
+        (["superres", "--image", "image.png", "--factor", "2"], ["16x16", "--factor 2", "8x8", "4x4"]),
+        (["superres", "--image", "image.png", "--factor", "3"], ["24x24", "no multiple of 3"]),
+        (["superres", "--image", "image.png", "--factor", "1"], ["--factor"]),
+        (["superres", "--image", "image.png"], ["--factor"]),
+        (["colorize", "--image", "image.png", "--times", "80", "--edit-steps", "2"], ["twice"]),
+        (["colorize", "--image", "image.png", "--labels", "9"], ["no class 9"]),
+        (["colorize", "--image", "image.png", "--seeds", "0-2"], ["one image and 3"]),
+    ],
+)
+def test_mistakes(cli, student, inputs, monkeypatch, argv, words):
+    monkeypatch.chdir(inputs)
+    Image.new("RGB", (16, 12)).save("large.png")
+    (inputs / "broken.png").write_bytes((inputs / "image.png").read_bytes()[:60])
+    result = cli(*argv, "--model", student, "--out", "out.png")
+    assert result.code in (1, 2)
+    result.error(result.code, *words)
+    assert not os.path.exists("out.png")
+
+
+@pytest.mark.parametrize("argv", [["inpaint", "--mask", "mask.png"], ["colorize"], ["superres", "--factor", "2"]])
+def test_a_teacher_cannot_edit(cli, teacher, inputs, monkeypatch, argv):
+    monkeypatch.chdir(inputs)
+    result = cli(*argv, "--image", "image.png", "--model", teacher, "--out", "out.png")
+    result.error(1, "is a denoiser", "consistency model is needed", "cmtool distill")

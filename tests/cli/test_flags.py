@@ -1,0 +1,57 @@
+"""The flags of every command, written down: a change of them is a change for users, and belongs in the CHANGELOG."""
+
+from __future__ import annotations
+
+from typer.main import get_command
+
+from cmtool.cli.app import app
+
+MAKE = "--batch --device --precision --json"
+EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
+TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --seed --resolution --crop
+    --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every --dry-run -n
+    --resume --overwrite {MAKE}"""
+FLAGS = {
+    "": "--version --quiet -q --debug --install-completion --show-completion",
+    "train": TRAIN,
+    "distill": f"--teacher {TRAIN}",
+    "sample": f"--model --out --grid --seeds --labels --steps --times --solver --clip --no-clip {MAKE}",
+    "inpaint": f"--mask --invert-mask {EDIT}",
+    "colorize": EDIT,
+    "superres": f"--factor {EDIT}",
+    "info": "PATH --json",
+    "presets": "",
+    "presets ls": "--json",
+    "presets show": "NAME --recipe --resolution --json",
+    "data": "",
+    "data inspect": "PATH --json",
+    "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",
+}
+
+
+def flags(command, path: str = "") -> dict[str, set[str]]:
+    """Options, and arguments by their metavar, of a command and of those below it."""
+    found = set()
+    for parameter in command.params:
+        options = [*parameter.opts, *parameter.secondary_opts]
+        found |= set(options) if options[0].startswith("-") else {parameter.metavar}
+    tree = {path: found - {"--help", "-h"}}
+    for name, below in getattr(command, "commands", {}).items():
+        tree |= flags(below, f"{path} {name}".strip())
+    return tree
+
+
+def test_the_flags_are_these():
+    assert flags(get_command(app)) == {path: set(text.split()) for path, text in FLAGS.items()}
+
+
+def test_every_option_is_explained():
+    def commands(command):
+        yield command
+        for below in getattr(command, "commands", {}).values():
+            yield from commands(below)
+
+    for command in commands(get_command(app)):
+        assert command.help
+        for parameter in command.params:
+            assert parameter.help, (command.name, parameter.opts)

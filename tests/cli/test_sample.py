@@ -1,0 +1,185 @@
+"""`cmtool sample`: seeds, labels, places, pipes, and roles."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cmtool.cli import images
+from cmtool.errors import UsageError
+from cmtool.generate import generate
+from cmtool.io import checkpoint
+from cmtool.io import images as files
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_one_image_a_seed_named_by_it(cli, student, tmp_path):
+    result = cli("sample", "--model", student, "--seeds", "0-2,100", "--out", tmp_path / "out")
+    assert result.code == 0, result.stderr
+    names = ["000000.png", "000001.png", "000002.png", "000100.png"]
+    assert result.lines == [str(tmp_path / "out" / name) for name in names]
+    assert sorted(os.listdir(tmp_path / "out")) == names
+    assert len({read(line).tobytes() for line in result.lines}) == 4
+    assert read(result.lines[0]).shape == (8, 8, 3)
+
+
+def test_the_files_hold_what_the_library_makes(cli, student, tmp_path):
+    ask = ("sample", "--model", student, "--seeds", "3,5", "--labels", "1", "--steps", "2", "--precision", "fp32")
+    cli(*ask, "--out", tmp_path)
+    made = next(generate(checkpoint.load(student), [3, 5], steps=2, labels=1)).images
+    for seed, image in zip((3, 5), files.to_uint8(made), strict=True):
+        assert torch.equal(files.read_image(tmp_path / f"{seed:06d}.png"), image)
+
+
+def test_an_image_does_not_depend_on_its_company(cli, student, tmp_path):
+    def ask(out, seeds, *more):
+        assert cli("sample", "--model", student, "--seeds", seeds, "--out", tmp_path / out, *more).code == 0
+        return read(tmp_path / out / "000007.png")
+
+    together = ask("a", "0-9", "--batch", 4)
+    for other in (ask("b", "7", "--batch", 1), ask("c", "9-12,7,3", "--batch", 5)):
+        assert np.abs(together - other).max() <= 1
+
+
+def test_labels_follow_the_seed_not_the_order(cli, student, tmp_path):
+    def labels(seeds, *more):
+        result = cli("sample", "--model", student, "--seeds", seeds, "--out", tmp_path, "--json", *more)
+        return {entry["seed"]: entry["label"] for entry in json.loads(result.stdout)["images"]}
+
+    assert labels("0-5", "--labels", "0-2") == {0: 0, 1: 1, 2: 2, 3: 0, 4: 1, 5: 2}
+    assert labels("4,3", "--labels", "0-2") == {4: 1, 3: 0}
+    assert labels("0-2", "--labels", "cow,ant") == {0: 2, 1: 0, 2: 2}
+    drawn = labels("0-63")
+    assert set(drawn.values()) == {0, 1, 2}
+    assert labels("40-50") == {seed: drawn[seed] for seed in range(40, 51)}
+
+
+def test_json_is_one_object_and_the_only_thing_on_stdout(cli, plain, tmp_path):
+    grid = tmp_path / "grid.png"
+    result = cli("sample", "--model", plain, "--seeds", "4,2", "--out", tmp_path, "--grid", grid, "--json")
+    told = json.loads(result.stdout)
+    assert told["images"] == [
+        {"path": str(tmp_path / "000004.png"), "seed": 4, "label": None},
+        {"path": str(tmp_path / "000002.png"), "seed": 2, "label": None},
+    ]
+    assert told["grid"] == str(grid)
+    assert result.stderr == ""
+
+
+def test_a_grid_holds_the_images_in_order(cli, plain, tmp_path):
+    result = cli("sample", "--model", plain, "--seeds", "0-3", "--out", tmp_path / "o", "--grid", tmp_path / "g.png")
+    assert result.lines[-1] == str(tmp_path / "g.png")
+    grid = read(tmp_path / "g.png")
+    assert grid.shape == (22, 22, 3)
+    for index, (y, x) in enumerate([(2, 2), (2, 12), (12, 2), (12, 12)]):
+        assert np.array_equal(grid[y : y + 8, x : x + 8], read(result.lines[index]))
+
+
+def test_one_file_a_pattern_and_a_grid_alone(cli, plain, tmp_path):
+    cli("sample", "--model", plain, "--seeds", "9", "--out", tmp_path / "a.png")
+    assert cli("sample", "--model", plain, "--seeds", "8-9", "--out", tmp_path / "b/x-{seed}.png").code == 0
+    assert sorted(os.listdir(tmp_path / "b")) == ["x-000008.png", "x-000009.png"]
+    assert np.abs(read(tmp_path / "a.png") - read(tmp_path / "b" / "x-000009.png")).max() <= 1
+    assert cli("sample", "--model", plain, "--seeds", "8-9", "--grid", tmp_path / "g.png").lines == [
+        str(tmp_path / "g.png")
+    ]
+
+
+def test_a_pipe_carries_the_image_and_nothing_else(cli, plain, tmp_path):
+    piped = cli("sample", "--model", plain, "--seeds", "9", "--out", "-")
+    cli("sample", "--model", plain, "--seeds", "9", "--out", tmp_path / "a.png")
+    assert np.array_equal(read(io.BytesIO(piped.stdout)), read(tmp_path / "a.png"))
+    piped = cli("sample", "--model", plain, "--seeds", "8-9", "--out", tmp_path / "o", "--grid", "-")
+    assert read(io.BytesIO(piped.stdout)).shape == (12, 22, 3)
+
+
+def test_a_denoiser_is_sampled_with_a_solver(cli, teacher, tmp_path):
+    made = {}
+    for solver in ("euler", "heun", "dpm2", "ancestral"):
+        out = tmp_path / f"{solver}.png"
+        result = cli("sample", "--model", teacher, "--solver", solver, "--steps", "3", "--out", out, "--labels", "1")
+        assert result.code == 0, result.stderr
+        made[solver] = read(out).tobytes()
+    assert len(set(made.values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("model", "argv", "words"),
+    [
+        ("teacher", ["--out", "x.png"], ["needs a solver", "--solver heun"]),
+        ("student", ["--out", "x.png", "--solver", "heun"], ["takes no solver"]),
+        ("student", ["--out", "x.png", "--labels", "3"], ["no class 3", "0-2", "ant"]),
+        ("student", ["--out", "x.png", "--labels", "catt"], ["catt", "ant"]),
+        ("plain", ["--out", "x.png", "--labels", "0"], ["knows no classes"]),
+        ("plain", [], ["no place", "--out"]),
+        ("plain", ["--out", "x.png", "--seeds", "0-3"], ["one image and 4", "{seed}"]),
+        ("plain", ["--out", "-", "--seeds", "0-3"], ["one image and 4"]),
+        ("plain", ["--out", "x.gif"], ["x.gif", ".png"]),
+        ("plain", ["--out", "x/{seed}.gif"], [".gif", ".png"]),
+        ("plain", ["--out", "o", "--grid", "grid"], ["--grid grid", ".png"]),
+        ("plain", ["--out", "-", "--json"], ["one result"]),
+        ("plain", ["--out", "-", "--grid", "-"], ["one result"]),
+        ("plain", ["--out", "x.png", "--times", "80", "--steps", "1"], ["twice"]),
+        ("plain", ["--out", "x.png", "--times", "90"], ["90", "80"]),
+        ("plain", ["--out", "x.png", "--device", "cuda:99"], ["cuda:99"]),
+    ],
+)
+def test_mistakes(cli, folder, tmp_path, monkeypatch, model, argv, words):
+    monkeypatch.chdir(tmp_path)
+    result = cli("sample", "--model", folder / f"{model}.safetensors", *argv)
+    assert result.code in (1, 2)
+    result.error(result.code, *words)
+    assert os.listdir(tmp_path) == []
+
+
+def test_models_that_are_none(cli, student, tmp_path):
+    def ask(model):
+        return cli("sample", "--model", model, "--out", tmp_path / "x.png")
+
+    ask(tmp_path / "nowhere").error(1, "no model", "nowhere")
+    ask(tmp_path).error(1, "no run", str(tmp_path))
+    (tmp_path / "text.safetensors").write_text("hello")
+    ask(tmp_path / "text.safetensors").error(1, "not a complete safetensors")
+    whole = student.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    ask(tmp_path / "cut.safetensors").error(1, "not a complete safetensors")
+    (tmp_path / "rot.safetensors").write_bytes(whole[:20] + b"\xff\x00" + whole[22:])
+    ask(tmp_path / "rot.safetensors").error(1)
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    ask(tmp_path / "empty.safetensors").error(1)
+
+
+def test_an_image_is_not_written_to_a_terminal(monkeypatch):
+    monkeypatch.setattr(images.sys.stdout, "isatty", lambda: True)
+    with pytest.raises(UsageError, match="terminal"):
+        images.places("-", [0])
+
+
+def test_what_can_be_written_is_what_is_said():
+    assert set(images.WRITABLE) == set(files._WRITERS)
+
+
+def test_a_shell_pipeline(student, tmp_path):
+    """The real thing, with real pipes: sample, shrink, enlarge again."""
+    small = tmp_path / "small.png"
+    Image.new("RGB", (4, 4), (90, 120, 40)).save(small)
+    tool = f"{shlex.quote(sys.executable)} -m cmtool"
+    line = (
+        f"set -o pipefail; cat {small} | {tool} superres --model {student} --image - --factor 2 --out - "
+        f"| {tool} colorize --model {student} --image - --out - > {tmp_path}/large.png"
+    )
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert read(tmp_path / "large.png").shape == (8, 8, 3)

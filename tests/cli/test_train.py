@@ -1,0 +1,325 @@
+"""`cmtool train` and `cmtool distill`: run folders, precedence, resuming, refusing; on a few 8x8 pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from cmtool.cli import options, training
+from cmtool.io import checkpoint, data
+from cmtool.training.trainer import Trainer
+from tests.models import Pictures
+
+TINY = [
+    *("--batch", "4", "--precision", "fp32", "--set", "network.attention_resolutions=", "--set", "network.channels=8"),
+    *("--set", "network.channel_mult=1", "--set", "network.num_blocks=1"),
+]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """24 pictures of 3 classes as an .npz."""
+    made = Pictures(classes=3)
+    file = tmp_path_factory.mktemp("data") / "pictures.npz"
+    np.savez(file, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
+    return file
+
+
+@pytest.fixture
+def train(cli, pictures, tmp_path):
+    """`train("name", *flags)`: a short training into tmp_path/name."""
+
+    def call(out, *more, iterations=4, preset="edm"):
+        where = ("--data", pictures, "--out", tmp_path / out, "--preset", preset)
+        return cli("train", *where, "--iterations", iterations, *TINY, *more)
+
+    return call
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder).network.state_dict()
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+
+def test_a_run_leaves_what_it_promises(train, cli, tmp_path, pictures):
+    result = train("run", "--log-every", 2, "--sample-every", 4)
+    assert result.code == 0, result.stderr
+    run = tmp_path / "run"
+    assert result.lines == [str(run / "model.safetensors")]
+    assert {entry.name for entry in run.iterdir()} == {
+        *("config.json", "metrics.jsonl", "samples", "checkpoints", "model.safetensors")
+    }
+    assert os.listdir(run / "samples") == ["0000004.png"]
+    assert [line["step"] for line in metrics(run)] == [2, 4]
+    assert metrics(run)[-1]["images"] == 16
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["batch"] == 4
+    assert config["recipe"]["network"]["channels"] == 8
+    assert config["data"]["source"] == str(pictures)
+    assert config["data"]["resolution"] == 8
+    told = json.loads(cli("info", run, "--json").stdout)
+    assert (told["role"], told["num_classes"], told["iterations"]) == ("denoiser", 3, 4)
+    assert told["class_names"] == ["0", "1", "2"]
+
+
+def test_json_is_one_object(train, tmp_path):
+    told = json.loads(train("run", "--json").stdout)
+    assert told["model"] == str(tmp_path / "run" / "model.safetensors")
+    assert (told["iterations"], told["images"], told["finished"]) == (4, 16, True)
+    assert told["loss"] > 0
+
+
+def test_teach_distil_and_train_without_a_teacher(train, cli, pictures, tmp_path):
+    assert train("teacher").code == 0
+    common = ("--data", pictures, "--iterations", 2, "--batch", 4, "--precision", "fp32")
+    distil = ("distill", "--teacher", tmp_path / "teacher", "--preset", "cd", "--out", tmp_path / "student")
+    result = cli(*distil, *common)
+    assert result.code == 0, result.stderr
+    told = json.loads(cli("info", tmp_path / "student", "--json").stdout)
+    assert told["role"] == "consistency"
+    assert told["teacher"] == str(tmp_path / "teacher")
+    assert told["network"]["channels"] == 8  # the teacher's
+    assert told["grid_points"] == 18
+    assert train("ct", preset="ct").code == 0
+    for name in ("student", "ct"):
+        assert cli("sample", "--model", tmp_path / name, "--out", tmp_path / "x.png").code == 0
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(train, tmp_path):
+    result = train("run", "--dry-run", "--lr", "3e-3")
+    rows = dict(line.split(maxsplit=1) for line in result.lines if len(line.split()) == 2)
+    assert rows["optimizer.lr"] == "0.003"
+    assert rows["iterations"] == "4"
+    assert rows["network.num_classes"] == "3"
+    assert not (tmp_path / "run").exists()
+    assert json.loads(train("run", "--dry-run", "--json").stdout)["recipe"]["iterations"] == 4
+    train("run", "--dry-run", "--set", "optimizer.lrr=1").error(2, "lrr", "did you mean lr?")
+
+
+def test_precedence_defaults_preset_config_flags(train, cli, tmp_path):
+    assert train("run", "--set", "optimizer.lr=1e-4", "--seed", 5).code == 0
+    again = ("train", "--config", tmp_path / "run", "--dry-run", "--json", "--out", tmp_path / "x")
+    plain = json.loads(cli(*again).stdout)
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert plain == stored
+    changed = json.loads(cli(*again, "--seed", 6, "--batch", 8, "--set", "batch=2", "--set", "flip=true").stdout)
+    assert changed["seed"] == 6
+    assert changed["recipe"] == stored["recipe"] | {"batch": 8, "flip": True}
+    (tmp_path / "part.json").write_text(json.dumps({"recipe": {"optimizer": {"lr": 0.5}}}))
+    part = ("train", "--config", tmp_path / "part.json", "--dry-run", "--json", "--out", tmp_path / "x")
+    told = json.loads(cli(*part, "--preset", "edm", "--data", stored["data"]["source"]).stdout)["recipe"]
+    assert told["optimizer"]["lr"] == 0.5
+    assert told["optimizer"]["rule"] == "adam"  # the preset's; the class's own default is another
+
+
+def test_the_same_config_makes_the_same_weights(train, cli, tmp_path):
+    train("a")
+    assert (
+        cli("train", "--config", tmp_path / "a/config.json", "--out", tmp_path / "b", "--precision", "fp32").code == 0
+    )
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    train("c", "--seed", 1)
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_duration_is_in_images(train, cli, pictures, tmp_path):
+    ask = ("train", "--data", pictures, "--preset", "edm", "--out", tmp_path / "x", "--dry-run", "--json", "--batch", 7)
+    assert json.loads(cli(*ask, "--duration", "0.1k").stdout)["recipe"]["iterations"] == 15
+    cli(*ask, "--duration", "1k", "--iterations", "3").error(2, "--iterations and --duration")
+
+
+def test_an_existing_folder_is_refused(train, tmp_path):
+    assert train("run").code == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    train("run", iterations=2).error(2, "not empty", "--resume", "--overwrite")
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert train("run", "--overwrite", iterations=2).code == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 2
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == "step_0000002.pt"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    train("mine", "--overwrite").error(2, "no run")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+class Killed(BaseException):
+    """Not even `except Exception` sees it."""
+
+
+def interrupt(monkeypatch, step: int, number: int | None) -> None:
+    """At `step`, get the signal; or, without a number, die at once."""
+    run = Trainer.run
+
+    def stopping(self):
+        for report in run(self):
+            if report.step == step:
+                if number is None:
+                    raise Killed
+                signal.raise_signal(number)
+            yield report
+
+    monkeypatch.setattr(Trainer, "run", stopping)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(train, cli, tmp_path, number, code):
+    train("whole", iterations=6)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 3, number)
+        stopped = train("parts", iterations=6)
+    assert stopped.code == code
+    assert "stopped at step 3 of 6" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert checkpoint.load(tmp_path / "parts").card.iterations == 3
+
+    result = cli("train", "--out", tmp_path / "parts", "--resume", "--precision", "fp32")
+    assert result.code == 0, result.stderr
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    last, other = metrics(tmp_path / "parts")[-1], metrics(tmp_path / "whole")[-1]
+    assert (last["step"], last["lr"], last["grad_norm"]) == (6, other["lr"], other["grad_norm"])
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path):
+    train("whole", iterations=6)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 5, None)
+        with pytest.raises(Killed):
+            train("parts", "--save-every", 2, iterations=6)
+    result = train("parts", "--resume", iterations=6)  # the same command line, with --resume
+    assert "from step 4" in result.stderr
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_finished_run_has_nothing_left(train, tmp_path):
+    train("run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    result = train("run", "--resume")
+    assert result.code == 0
+    assert "nothing left to do" in result.stderr
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_continued_run_stays_the_same_run(train, cli, pictures, tmp_path):
+    train("run")
+    train("run", "--resume", "--lr", "1").error(2, "optimizer.lr", "1.0")
+    train("run", "--resume", iterations=9).error(2, "iterations = 4, not 9")
+    train("run", "--resume", "--seed", 3).error(2, "seed = 0, not 3")
+    train("run", "--resume", preset="ct").error(2, "--preset ct contradicts")
+    np.savez(pictures.parent / "other.npz", images=Pictures(seed=1).images.permute(0, 2, 3, 1).numpy())
+    cli("train", "--out", tmp_path / "run", "--resume", "--data", pictures.parent / "other.npz").error(1, "no labels")
+
+
+def test_resuming_nothing(train, cli, tmp_path):
+    cli("train", "--out", tmp_path / "none", "--resume").error(2, "no run", "none")
+    assert train("fresh", "--resume").code == 0  # a job that is always started with --resume
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").touch()
+    train("mine", "--resume").error(1, "no", "config.json")
+
+
+def test_a_diverging_run_says_so_and_keeps_the_last_checkpoint(train, tmp_path):
+    result = train("run", "-q", "--lr", "1e30", "--save-every", 1, iterations=40)
+    text = result.error(1, "finite", "--lr")
+    assert "Traceback" not in text
+    states = [torch.load(file, weights_only=True) for file in (tmp_path / "run" / "checkpoints").glob("*.pt")]
+    assert all(value.isfinite().all() for state in states for value in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (["train", "--preset", "emd"], 2, ["emd", "did you mean edm"]),
+        (["train"], 2, ["--preset", "edm"]),
+        (["train", "--preset", "cd"], 2, ["follows a teacher", "cmtool distill"]),
+        (["distill", "--preset", "cd"], 2, ["follows a teacher", "--teacher"]),
+        (["distill", "--preset", "ct", "--teacher", "TEACHER"], 2, ["would ignore --teacher", "cmtool train"]),
+        (["distill", "--preset", "edm", "--teacher", "TEACHER"], 2, ["would ignore --teacher"]),
+        (["train", "--preset", "ct", "--lpips-backbone", "x"], 2, ["would ignore --lpips-backbone"]),
+        (["distill", "--preset", "cd", "--teacher", "STUDENT"], 1, ["is a consistency model", "denoiser"]),
+        (["distill", "--preset", "cd", "--teacher", "nowhere"], 1, ["no model", "nowhere"]),
+        (
+            ["distill", "--preset", "cd", "--teacher", "TEACHER", "--resolution", "4"],
+            1,
+            ["8x8", "4x4", "--resolution 8"],
+        ),
+        (["train", "--preset", "edm", "--batch", "25"], 1, ["24 images", "--batch"]),
+        (["train", "--preset", "edm", "--lr", "0"], 2, ["--lr"]),
+        (["train", "--preset", "edm", "--lr", "nan"], 2, ["--lr"]),
+        (["train", "--preset", "edm", "--iterations", "some"], 2, ["--iterations some"]),
+        (["train", "--preset", "edm", "--iterations", "0"], 2, ["--iterations 0"]),
+        (["train", "--preset", "edm", "--set", "batch"], 2, ["NAME=VALUE"]),
+        (["train", "--preset", "edm", "--set", "batch=many"], 2, ["batch", "many"]),
+        (["train", "--preset", "edm", "--set", "network.chanels=8"], 2, ["did you mean channels"]),
+        (["train", "--preset", "edm", "--config", "nowhere"], 1, ["nowhere"]),
+        (["train", "--preset", "edm", "--config", "STUDENT"], 1, ["JSON"]),
+        (["train", "--preset", "edm", "--init", "TEACHER", "--set", "network.channels=16"], 2, ["do not fit"]),
+        (["train", "--preset", "edm", "--resume", "--overwrite"], 2, ["do not go together"]),
+        (["train", "--preset", "edm", "--device", "cuda:77"], 2, ["cuda:77"]),
+    ],
+)
+def test_mistakes(cli, folder, pictures, tmp_path, argv, code, words):
+    models = {name.upper(): folder / f"{name}.safetensors" for name in ("teacher", "student")}
+    more = () if "--batch" in argv else ("--batch", 4)
+    result = cli(*(models.get(arg, arg) for arg in argv), "--data", pictures, "--out", tmp_path / "run", *more)
+    result.error(code, *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere", ["nowhere", "found: no such file"]),
+        ("empty", ["empty"]),
+        ("mixed", ["--resolution"]),
+    ],
+)
+def test_data_that_cannot_be_used(cli, tmp_path, source, words):
+    from PIL import Image
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    for side in (8, 9):
+        Image.new("RGB", (side, side)).save(tmp_path / "mixed" / f"{side}.png")
+    ask = ("train", "--preset", "edm", "--out", tmp_path / "run", "--data", tmp_path / source)
+    cli(*ask, "--batch", 1).error(1, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_is_required(cli, tmp_path):
+    cli("train", "--preset", "edm", "--out", tmp_path / "run").error(2, "--data")
+
+
+def test_training_works_outside_the_main_thread(train):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(train("run", iterations=1).code))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_a_second_interrupt_is_immediate():
+    with training._stop_signal() as stopped:
+        assert stopped() == 0
+        signal.raise_signal(signal.SIGINT)
+        assert stopped() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_choices_are_those_of_the_data_module():
+    assert options.CROPS == data.CROPS
+    assert options.RESIZES == data.RESIZES

@@ -1,0 +1,188 @@
+"""Parameterizations: published constants, boundary conditions to the last bit, and the same estimate on every path."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cmtool.flow import EDM, VE, BoundaryEDM, Linear, LogRatio, PathTime, Trig, Velocity
+from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS
+
+PATHS = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99)]
+KINDS = [EDM(), BoundaryEDM(), Velocity(), EDM(sigma_data=1.3), BoundaryEDM(sigma_data=1.3)]
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.kind}-{path.t_min:.3g}")
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.kind}-{getattr(kind, 'sigma_data', '')}")
+
+
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def inside(path, n=200, dtype=torch.float64):
+    return torch.linspace(path.t_min, path.t_max, n, dtype=torch.float64).to(dtype)
+
+
+def assert_coefficients(found, skip, out, inp, tolerance):
+    for value, expected in zip(found, (skip, out, inp), strict=True):
+        assert float(value) == pytest.approx(expected, rel=tolerance, abs=1e-15)
+
+
+def test_every_kind_is_tested():
+    assert {type(kind) for kind in KINDS} == set(PARAMETERIZATIONS.values())
+    assert set(TIME_INPUTS.values()) == {LogRatio, PathTime}
+
+
+# Constants of Song et al. (2023), app. C, and Karras et al. (2022), table 1, with sigma_data = 0.5, eps = 0.002.
+@pytest.mark.parametrize(
+    ("t", "skip", "out", "inp"),
+    [
+        (80.0, 3.906293e-05, 0.499977735, 0.012499756),
+        (1.382368, 0.115986907, 0.469508438, 0.680265629),
+        (0.002, 1.0, 0.0, 1.999984),
+    ],
+)
+def test_boundary_constants(t, skip, out, inp):
+    assert_coefficients(BoundaryEDM().denoised(VE(), f64(t)), skip, out, inp, 3e-7)
+
+
+def test_edm_constants():
+    skip, out, inp = EDM().denoised(VE(), f64(1.382368))
+    assert float(skip) == pytest.approx(0.115690331, rel=3e-7)
+    assert float(out) == pytest.approx(0.470188704, rel=3e-7)
+    assert float(inp) == pytest.approx(0.680265629, rel=3e-7)
+
+
+@pytest.mark.parametrize("data", [0.5, 1.3])
+def test_edm_on_trig_is_trigflow(data):
+    path = Trig(sigma_data=data)
+    t = inside(path)
+    skip, out, inp = EDM(sigma_data=data).denoised(path, t)
+    torch.testing.assert_close(skip, t.cos(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(out, data * t.sin(), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(inp, torch.full_like(t, 1 / data), rtol=1e-12, atol=0)
+    # the jump is a rotation: x_s = cos(t - s) x_t + sin(t - s) sigma_data F (F with the sign of EDM's output)
+    s = t * torch.linspace(0, 1, len(t), dtype=t.dtype)
+    skip, out, _ = EDM(sigma_data=data).jump(path, t, s)
+    torch.testing.assert_close(skip, (t - s).cos(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(out, data * (t - s).sin(), rtol=1e-12, atol=1e-14)
+
+
+def test_velocity_on_linear_is_a_straight_line():
+    t = inside(Linear())
+    s = t * torch.linspace(0, 1, len(t), dtype=t.dtype)
+    one = torch.ones_like(t)
+    for found, expected in ((Velocity().denoised(Linear(), t), -t), (Velocity().jump(Linear(), t, s), s - t)):
+        for value, target in zip(found, (one, expected, one), strict=True):
+            torch.testing.assert_close(value, target, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("t", [80.0, 1.382368, 0.5, 0.002])
+def test_what_openai_tells_its_networks(t):
+    golden = {80.0: 1095.5067, 1.382368: 80.9495, 0.5: -173.2868, 0.002: -1553.6520}[t]
+    assert float(LogRatio(250.0)(VE(), f64(t))) == pytest.approx(golden, abs=6e-5)
+    assert float(EDM().noise(VE(), f64(t))) == pytest.approx(golden / 1000, abs=6e-8)
+    trig = Trig()
+    assert float(BoundaryEDM().noise(trig, trig.time(f64(t)))) == pytest.approx(golden / 1000, abs=6e-8)
+    assert float(EDM(time_input=PathTime(3.0)).noise(VE(), f64(t))) == pytest.approx(3 * t)
+
+
+def test_noise_is_finite_without_noise():
+    assert math.isfinite(float(EDM().noise(Linear(), torch.zeros(1))))
+
+
+@paths
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_jump_to_where_one_is_keeps_every_bit(path, kind, dtype):
+    t = inside(path, 999, dtype)
+    skip, out, inp = kind.jump(path, t, t)
+    assert torch.equal(skip, torch.ones_like(t))
+    assert torch.equal(out.abs(), torch.zeros_like(t))
+    assert bool(inp.isfinite().all())
+
+
+@paths
+@pytest.mark.parametrize("n", [1, 3, 8, 17, 64])
+def test_the_boundary_condition_holds_to_the_last_bit(path, n):
+    # in batches of any size: vectorised functions may round otherwise than those of a single number
+    t = torch.full((n,), path.t_min)
+    for skip, out, _ in (BoundaryEDM().denoised(path, t), BoundaryEDM().jump(path, t, t)):
+        assert torch.equal(skip, torch.ones(n))
+        assert torch.equal(out.abs(), torch.zeros(n))
+
+
+@paths
+@kinds
+def test_jumps_are_finite_over_the_whole_path(path, kind):
+    t, s = torch.meshgrid(inside(path, 30), inside(path, 30), indexing="ij")
+    below = s <= t
+    for coefficient in kind.jump(path, t[below], s[below]):
+        assert bool(coefficient.isfinite().all())
+
+
+@paths
+@pytest.mark.parametrize("kind", [EDM(), Velocity(), EDM(sigma_data=1.3)], ids=repr)
+def test_the_jump_of_a_denoiser_is_ddim(path, kind):
+    t = inside(path)[1:]
+    s = path.t_min + (t - path.t_min) * torch.linspace(0, 1, len(t), dtype=t.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, raw = (torch.randn(len(t), generator=generator, dtype=t.dtype) for _ in range(2))
+    skip, out, inp = kind.denoised(path, t)
+    skip_s, out_s, inp_s = kind.jump(path, t, s)
+    torch.testing.assert_close(
+        skip_s * x + out_s * raw, path.transport(x, skip * x + out * raw, t, s), rtol=1e-9, atol=1e-9
+    )
+    assert torch.equal(inp, inp_s)
+
+
+@paths
+def test_the_jump_of_a_consistency_function_follows_its_line(path):
+    kind = BoundaryEDM()
+    t = inside(path)[1:]
+    s = path.t_min + (t - path.t_min) * torch.linspace(0, 1, len(t), dtype=t.dtype)
+    generator = torch.Generator().manual_seed(0)
+    x, raw = (torch.randn(len(t), generator=generator, dtype=t.dtype) for _ in range(2))
+    skip, out, _ = kind.denoised(path, t)
+    f = skip * x + out * raw
+    # In coordinates x / alpha and sigma / alpha: the straight line from (ratio_min, f) to (ratio_t, x).
+    defined = path.alpha(t) > 0
+    t, s, x, f, raw = (v[defined] for v in (t, s, x, f, raw))
+    low = f64(path.t_min)
+    share = (path.ratio(s) - path.ratio(low)) / (path.ratio(t) - path.ratio(low))
+    line = f / path.alpha(low) + share * (x / path.alpha(t) - f / path.alpha(low))
+    skip, out, _ = kind.jump(path, t, s)
+    torch.testing.assert_close(skip * x + out * raw, path.alpha(s) * line, rtol=1e-9, atol=1e-9)
+    # ... which lands on f.
+    skip, out, _ = kind.jump(path, t, torch.full_like(t, path.t_min))
+    torch.testing.assert_close(skip * x + out * raw, f, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [Linear(0.01, 0.99), Trig()], ids=lambda path: path.kind)
+@pytest.mark.parametrize("kind", [EDM(), BoundaryEDM()], ids=lambda kind: kind.kind)
+def test_all_paths_agree_at_equal_ratio(path, kind):
+    """x_t / alpha is the VE sample at sigma / alpha: the estimate may not depend on how the path is drawn."""
+    t = inside(path)
+    ends = path.ratio(f64(path.t_min, path.t_max))
+    ve = VE(float(ends[0]), float(ends[1]))
+    skip, out, inp = kind.denoised(path, t)
+    expected = kind.denoised(ve, path.ratio(t))
+    # a consistency function lands on the path's own start, alpha_min times the VE's
+    land = path.alpha(f64(path.t_min)) if isinstance(kind, BoundaryEDM) else 1.0
+    torch.testing.assert_close(skip * path.alpha(t), land * expected.skip, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(out, land * expected.out, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(inp * path.alpha(t), expected.inp, rtol=1e-9, atol=1e-12)
+
+
+@paths
+def test_the_network_sees_and_makes_unit_variance(path):
+    """Karras et al. (2022), eq. 117 and 123, for data of standard deviation sigma_data."""
+    data = 0.5
+    t = inside(path)[1:]
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    skip, out, inp = EDM(sigma_data=data).denoised(path, t)
+    one = torch.ones_like(t)
+    torch.testing.assert_close(inp**2 * ((alpha * data) ** 2 + sigma**2), one)
+    target = (1 - skip * alpha) ** 2 * data**2 + (skip * sigma) ** 2
+    torch.testing.assert_close(target / out**2, one)

@@ -1,0 +1,155 @@
+"""Run folders: what may be overwritten, what is kept, and states that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+
+import pytest
+import torch
+
+from cmtool.errors import CheckpointError, UsageError
+from cmtool.io import checkpoint
+from cmtool.io.run import RunFolder, read_config
+from tests.unit.test_trainer import CT_RECIPE, EDM_RECIPE, assert_same, run, trainer
+
+CONFIG = {"recipe": {"preset": "edm"}, "data": {"source": "digits"}}
+
+
+def snapshot(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_folder_gets_its_config(tmp_path):
+    folder = RunFolder(tmp_path / "a" / "b")
+    folder.prepare(CONFIG)
+    assert folder.config() == CONFIG
+    assert read_config(folder.path) == read_config(folder.config_file) == CONFIG
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    RunFolder(tmp_path).prepare(CONFIG)
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize("content", ["config.json", "photo.png"])
+def test_a_folder_in_use_is_refused_and_untouched(tmp_path, content):
+    (tmp_path / content).write_text("{}")
+    before = snapshot(tmp_path)
+    with pytest.raises(UsageError, match="not empty") as caught:
+        RunFolder(tmp_path).prepare(CONFIG)
+    assert "--resume" in caught.value.hint
+    assert "--overwrite" in caught.value.hint
+    assert snapshot(tmp_path) == before
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    for name in (
+        "model.safetensors",
+        "metrics.jsonl",
+        "checkpoints/step_0000001.pt",
+        "samples/0000001.png",
+        "notes.txt",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    folder.prepare({"recipe": {"preset": "ct"}}, overwrite=True)
+    assert snapshot(tmp_path).keys() == {"config.json", "notes.txt"}
+    assert folder.config() == {"recipe": {"preset": "ct"}}
+
+
+def test_overwriting_replaces_runs_only(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="no run"):
+        RunFolder(tmp_path).prepare(CONFIG, overwrite=True)
+    assert snapshot(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "x").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is a file"):
+            RunFolder(tmp_path / "x").prepare(CONFIG, overwrite=overwrite)
+    with pytest.raises(UsageError, match="cannot write"):
+        RunFolder(tmp_path / "x" / "y").prepare(CONFIG)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"data": {}}', "\xff"])
+def test_a_config_that_is_none(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        RunFolder(tmp_path).config()
+
+
+def test_a_missing_config(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no"):
+        RunFolder(tmp_path).config()
+
+
+def test_the_log_is_one_object_a_line(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    lines = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
+    for line in lines:
+        folder.log(line)
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
+
+
+def test_a_run_goes_on_from_its_folder(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    assert folder.latest() is None
+    first = trainer(CT_RECIPE)
+    for _ in first.run():
+        folder.save(first)
+        if first.step == 4:
+            break
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_0000003.pt", "step_0000004.pt"]
+    second = trainer(CT_RECIPE)
+    second.load_state_dict(folder.latest())
+    assert_same(first, second)
+    straight = trainer(CT_RECIPE)
+    run(straight)
+    run(second)
+    assert_same(straight, second)
+    exported = checkpoint.load(tmp_path)
+    assert exported.card == first.average.card
+    for name, value in first.average.network.state_dict().items():
+        assert torch.equal(exported.network.state_dict()[name], value)
+
+
+def test_a_damaged_state_is_named_wherever_it_is_cut(tmp_path):
+    folder = RunFolder(tmp_path)
+    made = trainer(EDM_RECIPE)
+    run(made, 1)
+    folder.save(made)
+    (file,) = (tmp_path / "checkpoints").iterdir()
+    raw = file.read_bytes()
+    for cut in (0, 1, 10, 100, 1000, len(raw) // 3, len(raw) // 2, len(raw) - 100, len(raw) - 1):
+        file.write_bytes(raw[:cut])
+        with pytest.raises(CheckpointError, match=file.name):
+            folder.latest()
+    for position in (0, 2, 30, 60, 200, len(raw) - 30):
+        file.write_bytes(raw[:position] + b"\xff" * 20 + raw[position + 20 :])
+        with suppress(CheckpointError):  # not every byte matters
+            folder.latest()
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    made = trainer(EDM_RECIPE)
+    run(made, 1)
+    folder.save(made)
+    before = snapshot(tmp_path / "checkpoints")
+    run(made, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.save(made)
+    assert snapshot(tmp_path / "checkpoints") == before
