@@ -84,6 +84,8 @@ def generate(
         UsageError: a role without its sampler, steps or times that make no sense.
     """
     _check_role(model, solver)
+    if solver == "ancestral" and churn is not None:
+        raise UsageError("ancestral sampling adds noise already", "leave out the churn, or take another solver")
     classes = labels_for(model, seeds, labels)
     size = max(1, _BATCH_PIXELS // model.card.resolution**2) if batch is None else batch
     if size < 1:

@@ -131,12 +131,14 @@ def solve(
     Yields:
         A `SolveState` after each step.
     Raises:
-        ValueError: for times that do not decrease, or noise that is needed and missing.
+        ValueError: for times that do not decrease, noise that is needed and missing, or noise of two kinds.
     """
     if bool((times[1:] >= times[:-1]).any()):
         raise ValueError("the times of a solution must decrease")
     if noise is None and (ancestral or (churn is not None and churn.churn > 0)):
         raise ValueError("stochastic sampling needs a source of noise")
+    if ancestral and churn is not None and churn.churn > 0:
+        raise ValueError("noise is added by one of churn and ancestral, not both")
     x, nfe, batch = start, 0, (start.shape[0],)
     points = times.detach().cpu().double()
     for i, (t, s) in enumerate(pairwise(points), start=1):

@@ -80,6 +80,8 @@ def run(request: Request) -> None:
     resumed = request.resume and _holds_something(folder)
     if request.resume and not resumed and request.data is None:
         raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
+    if not resumed and not request.dry_run:
+        folder.check(overwrite=request.overwrite)
     earlier = folder.config() if resumed else read_config(request.config) if request.config else {}
     settings = _settings(request, earlier)
 
@@ -124,6 +126,7 @@ def run(request: Request) -> None:
         state = folder.latest()
         if state is not None:
             trainer.load_state_dict(state)
+        folder.rewind(trainer.step)
     else:
         folder.prepare(config, overwrite=request.overwrite)
     _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")

@@ -28,10 +28,7 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
     Raises:
         DependencyError: a file that is missing, damaged (its name tells how its SHA-256 starts) or of another network.
     """
-    import pickle
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     named = given or os.environ.get(VARIABLE)
@@ -48,7 +45,9 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         features = {name: state[name] for name in state if name.startswith("features.")}
-    except (OSError, RuntimeError, pickle.UnpicklingError, SafetensorError, EOFError, ValueError, TypeError) as error:
+    except DependencyError:
+        raise
+    except Exception as error:  # bytes that are no weights make torch's reader fail in a dozen ways
         raise DependencyError(f"{path} cannot be read as weights", hint) from error
     if "features.0.weight" not in features:
         raise DependencyError(f"{path} holds the weights of something else: no features.0.weight", hint)

@@ -34,32 +34,37 @@ class RunFolder:
     def config_file(self) -> Path:
         return self.path / "config.json"
 
-    def prepare(self, config: dict[str, Any], *, overwrite: bool = False) -> None:
-        """Make the folder and write its config.
+    def check(self, *, overwrite: bool = False) -> None:
+        """Whether a new run may be made here; asked before anything large is read.
 
         Raises:
             UsageError: if the folder holds something already and `overwrite` is false, or holds no run at all.
         """
-        if self.path.exists():
-            if not self.path.is_dir():
-                raise UsageError(f"--out {self.path} is a file, not a folder", "name a new folder")
-            if any(self.path.iterdir()):
-                if not overwrite:
-                    raise UsageError(
-                        f"the folder {self.path} is not empty",
-                        "continue it with --resume, or replace it with --overwrite",
-                    )
-                if not self.config_file.is_file():
-                    raise UsageError(
-                        f"the folder {self.path} holds something that is no run",
-                        "name another folder; --overwrite replaces runs only",
-                    )
-                for name in ("checkpoints", "samples"):
-                    shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE):
-                    (self.path / name).unlink(missing_ok=True)
-        text = json.dumps(config, indent=2) + "\n"
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UsageError(f"--out {self.path} is a file, not a folder", "name a new folder")
+        if not any(self.path.iterdir()):
+            return
+        if not overwrite:
+            raise UsageError(
+                f"the folder {self.path} is not empty", "continue it with --resume, or replace it with --overwrite"
+            )
+        if not self.config_file.is_file():
+            raise UsageError(
+                f"the folder {self.path} holds something that is no run",
+                "name another folder; --overwrite replaces runs only",
+            )
+
+    def prepare(self, config: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Make the folder, empty of any earlier run, and write its config; errors as `check`."""
+        self.check(overwrite=overwrite)
         try:
+            for name in ("checkpoints", "samples"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE):
+                (self.path / name).unlink(missing_ok=True)
+            text = json.dumps(config, indent=2) + "\n"
             write_atomic(self.config_file, lambda file: file.write(text.encode()))
         except OSError as error:
             raise UsageError(
@@ -78,6 +83,20 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`: a continued run writes them again."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line the last run was stopped in the middle of
+        write_atomic(file, lambda out: out.write("".join(kept).encode()))
 
     def sample_file(self, step: int) -> Path:
         """Where the sample grid of a step goes."""
@@ -105,8 +124,6 @@ class RunFolder:
         Raises:
             CheckpointError: if it cannot be read.
         """
-        import pickle
-
         import torch
 
         states = sorted((self.path / "checkpoints").glob("step_*.pt"))
@@ -114,7 +131,7 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(states[-1], map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        except Exception as error:  # torch.load fails on damaged files in many ways
             raise CheckpointError(
                 f"the checkpoint {states[-1]} cannot be read", "delete it to continue from the one before"
             ) from error

@@ -134,7 +134,8 @@ class _Normalise(torch.autograd.Function):
         if dbias is not None:
             change = change + dbias[:, :, None, None]
         if ctx.silu:
-            change = torch.ops.aten.silu_backward(change, torch.addcmul(bias, hat, weight))
+            y = torch.addcmul(bias, hat, weight)
+            change = change * y.sigmoid() * (1 + y * (-y).sigmoid())
         return change.to(x.dtype), None, None, None
 
 

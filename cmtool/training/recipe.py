@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -96,17 +95,3 @@ KINDS: dict[str, type[Any]] = {
     Optimizer.kind: Optimizer,
     **CONFIGS,
 }
-
-
-def leaves(component: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted name, value) of every constant: what `--set` can reach."""
-    import dataclasses
-
-    if dataclasses.is_dataclass(component):
-        for f in dataclasses.fields(component):
-            yield from leaves(getattr(component, f.name), f"{prefix}{f.name}.")
-    elif isinstance(component, tuple) and any(dataclasses.is_dataclass(item) for item in component):
-        for i, item in enumerate(component):
-            yield from leaves(item, f"{prefix}{i}.")
-    else:
-        yield prefix.rstrip("."), component

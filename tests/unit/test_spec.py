@@ -15,7 +15,20 @@ from cmtool.errors import ConfigError
 from cmtool.flow import ModelCard
 from cmtool.networks import configs
 from cmtool.training import presets
-from cmtool.training.recipe import KINDS, Recipe, leaves
+from cmtool.training.recipe import KINDS, Recipe
+
+
+def leaves(component, prefix=""):
+    """(dotted name, value) of every constant: what `--set` can reach."""
+    if dataclasses.is_dataclass(component):
+        for field in dataclasses.fields(component):
+            yield from leaves(getattr(component, field.name), f"{prefix}{field.name}.")
+    elif isinstance(component, tuple) and any(dataclasses.is_dataclass(item) for item in component):
+        for i, item in enumerate(component):
+            yield from leaves(item, f"{prefix}{i}.")
+    else:
+        yield prefix.rstrip("."), component
+
 
 
 def recipe(name="cd", **shape) -> Recipe:
