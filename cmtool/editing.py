@@ -91,15 +91,20 @@ class AvgPool:
         return y.repeat_interleave(self.factor, -2).repeat_interleave(self.factor, -1)
 
 
-def to_range(op: Degradation, x: Tensor, y: Tensor, rounds: int = 50) -> Tensor:
-    """An image inside [-1, 1] that keeps A x = y as closely as the range allows.
+def to_range(op: Degradation, x: Tensor, y: Tensor, rounds: int = 40) -> Tensor:
+    """The image inside [-1, 1] nearest to x with A x = y, or as close to y as the range allows.
 
-    Alternating projection on the box and on the constraint, ending on the box. A plain clamp would change the luma or
-    the block mean wherever the projected image sticks out.
+    It is clamp(x + pinv(shift)) for some shift of what is known. A of that rises with the shift, since every known
+    value is a positive combination of pixels of its own, so bisection finds it. (A plain clamp would change the luma or
+    the block mean wherever x sticks out, and repeated projection only creeps towards the corners of colour space.)
     """
+    if torch.equal(x.clamp(-1, 1), x):
+        return x
+    weight = op.pinv(torch.ones_like(y))
+    reach = (1 + x.abs().max()) / weight.where(weight > 0, torch.inf).min()  # far enough to clamp everything
+    low, high = -reach * torch.ones_like(y), reach * torch.ones_like(y)
     for _ in range(rounds):
-        clamped = x.clamp(-1, 1)
-        if torch.equal(clamped, x):
-            break
-        x = project(op, clamped, y)
-    return x.clamp(-1, 1)
+        shift = (low + high) / 2
+        short = op.A((x + op.pinv(shift)).clamp(-1, 1)) < y
+        low, high = torch.where(short, shift, low), torch.where(short, high, shift)
+    return (x + op.pinv(high)).clamp(-1, 1)

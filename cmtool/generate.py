@@ -160,6 +160,8 @@ def inpaint(
         raise DataError("a mask is true where to make new pixels: it must be of type bool")
     if masks.shape[-2:] != images.shape[-2:]:
         raise DataError(f"the mask is {_size(masks)}, the image {_size(images)}", "give a mask of the image's size")
+    if len(masks) > 1 and len(images) not in (1, len(masks)):
+        raise DataError(f"{len(images)} images do not go with {len(masks)} masks", "give one of either, or as many")
     op = Mask(masks.to(model.device))
     known = op.A(images.to(model.device))
     made = edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps).to(images)
@@ -180,7 +182,7 @@ def colorize(
     """Colour grey images; the luma stays.
 
     Args:
-        images: float32 [B, 3, H, W] in [-1, 1]; of a colour image only the luma is used.
+        images: float32 [B, 1 or 3, H, W] in [-1, 1]; of a colour image only the luma is used.
         weights: of R, G and B in the luma.
         seeds, labels, times, steps: see `edit`.
     Returns:
@@ -189,6 +191,8 @@ def colorize(
     images = _images(images)
     if model.card.channels != 3:
         raise UsageError("colorizing needs a model of colour images")
+    if images.shape[1] not in (1, 3):
+        raise DataError(f"an image to colour has 1 or 3 channels, found {images.shape[1]}")
     op = Luma(weights)
     return edit(model, op, op.A(images.to(model.device)), seeds=seeds, labels=labels, times=times, steps=steps)
 
@@ -212,6 +216,8 @@ def superres(
         float32 [len(seeds), C, H, W] in [-1, 1].
     """
     images = _images(images)
+    if factor < 2:
+        raise UsageError(f"an enlargement needs a factor of at least 2, found {factor}")
     op = AvgPool(factor)
     return edit(model, op, images.to(model.device), seeds=seeds, labels=labels, times=times, steps=steps)
 
@@ -246,6 +252,8 @@ def edit(
         )
     if seeds is None:
         seeds = range(len(known))
+    if not len(seeds):
+        raise UsageError("there is no image to make", "ask for at least one")
     known = known.to(model.device)
     filled = op.pinv(known)
     if tuple(filled.shape[1:]) != model.card.image_shape:

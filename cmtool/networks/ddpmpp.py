@@ -6,6 +6,7 @@ The state dict has the names and layouts of the EDM release (its `model.*` entri
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -174,6 +175,13 @@ class Fourier(nn.Module):
     def __init__(self, count: int, scale: float = 16) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(count // 2) * scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
+        exact = self.freqs  # angles of hundreds of turns: `network.bfloat16()` must not round the frequencies
+        super()._apply(fn, recurse)
+        if self.freqs.dtype != exact.dtype:
+            self.freqs = exact.to(self.freqs.device)
+        return self
 
     def forward(self, noise: Tensor) -> Tensor:
         angles = noise[:, None] * (2 * math.pi * self.freqs).to(noise.dtype)

@@ -1,13 +1,14 @@
 """Layers shared by the networks.
 
 Parameters stay in the type they are stored in and are cast to the type of the activations where they are used: the
-caller picks the compute type by the type of its input. Feature maps are kept channels-last in memory, which is what
-makes low-precision convolutions fast on CPUs and GPUs; shapes are always [B, C, H, W].
+caller picks the compute type by the type of its input. On a CPU feature maps lie channels-last in memory, which is what
+makes low-precision convolutions fast there; shapes are always [B, C, H, W].
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,9 +102,11 @@ class _Normalise(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         x, weight, bias, y, mean, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is wanted: let torch do both
-            out = _normalise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
-            return (*torch.autograd.grad(out, (x, weight, bias), grad, create_graph=True), None, None, None)
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            project, hat, slope = _linearise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
+            grad = grad * slope
+            dx = project(grad * weight[:, :, None, None])
+            return dx.to(x.dtype), (grad * hat).sum((2, 3)), grad.sum((2, 3)), None, None, None
         if ctx.silu:
             grad = torch.ops.aten.silu_backward(grad, y)
         sum_grad = grad.sum((2, 3)).to(mean.dtype)  # accumulated wide, rounded once: enough for a gradient
@@ -116,27 +119,37 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Any:
-        x, weight, bias = ctx.saved_tensors  # and not the statistics: this has to be differentiable once more
-        weight, bias = weight[:, :, None, None], bias[:, :, None, None]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-
-        def mean(values: Tensor) -> Tensor:
-            return _group_mean(values.mean((2, 3)), ctx.groups)[:, :, None, None]
-
-        centred = wide - mean(wide)
-        rstd = (mean(centred.square()) + ctx.eps).rsqrt()
-        hat = centred * rstd
+        x, weight, bias = ctx.saved_tensors
+        project, hat, slope = _linearise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
         change = torch.zeros_like(hat)
         if dx is not None:
-            change = change + weight * rstd * (dx - mean(dx.to(hat.dtype)) - hat * mean(hat * dx))
+            change = change + weight[:, :, None, None] * project(dx.to(hat.dtype))
         if dweight is not None:
             change = change + dweight[:, :, None, None] * hat
         if dbias is not None:
             change = change + dbias[:, :, None, None]
-        if ctx.silu:
-            y = torch.addcmul(bias, hat, weight)
-            change = change * y.sigmoid() * (1 + y * (-y).sigmoid())
-        return change.to(x.dtype), None, None, None
+        return (change * slope).to(x.dtype), None, None, None
+
+
+def _linearise(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
+    """`_normalise` around x, in operations that can be differentiated again.
+
+    Returns:
+        The derivative of the standardised x (a symmetric map), the standardised x, and the slope of the SiLU.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+
+    def mean(values: Tensor) -> Tensor:
+        return _group_mean(values.mean((2, 3)), groups)[:, :, None, None]
+
+    centred = wide - mean(wide)
+    rstd = (mean(centred.square()) + eps).rsqrt()
+    hat = centred * rstd
+    y = torch.addcmul(bias[:, :, None, None], hat, weight[:, :, None, None])
+    slope = y.sigmoid() * (1 + y * (-y).sigmoid()) if silu else torch.ones_like(y)
+    return lambda change: rstd * (change - mean(change) - hat * mean(hat * change)), hat, slope
 
 
 def _group_mean(channels: Tensor, groups: int) -> Tensor:

@@ -66,7 +66,11 @@ def openai_from_edm(state: dict[str, Tensor], config: ADMConfig) -> dict[str, Te
     assert not state, f"left over: {sorted(state)}"
     if "middle_block.1.qkv.weight" not in out:
         width = len(out["middle_block.0.out_layers.0.weight"])
-        for name, rows, kernel in (("norm", width, ()), ("qkv", 3 * width, (width, 1, 1)), ("proj_out", width, (width, 1, 1))):
+        for name, rows, kernel in (
+            ("norm", width, ()),
+            ("qkv", 3 * width, (width, 1, 1)),
+            ("proj_out", width, (width, 1, 1)),
+        ):
             out[f"middle_block.1.{name}.weight"] = torch.zeros(rows, *kernel)
             out[f"middle_block.1.{name}.bias"] = torch.zeros(rows)
     return out

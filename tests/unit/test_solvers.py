@@ -127,7 +127,6 @@ def mixture_solution(path):
     return x, last(solve(DPMSolver2(), oracle.denoised, path, x, times)).x
 
 
-@pytest.mark.slow
 @paths
 @solvers
 def test_order_on_a_mixture(path, kind):

@@ -1,0 +1,341 @@
+"""Sampling and editing by seed: image k is the same image whatever is made beside it, and what is known stays."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import cmtool
+from cmtool import rng
+from cmtool.editing import AvgPool, Luma, Mask
+from cmtool.errors import DataError, UsageError
+from cmtool.flow import VE, Linear, Trig
+from cmtool.generate import colorize, edit, edit_times, generate, inpaint, labels_for, sample, superres
+from cmtool.solvers import Churn, Heun, solve
+from cmtool.times import Karras
+from tests import models
+from tests.models import micro
+from tests.oracles import GaussianConsistency, GaussianOracle
+
+LEVEL = 1 / 127.5  # of uint8, in image units
+CONSISTENCY = models.model(config=micro(num_classes=4), times={"2": (80.0, 0.8)})
+DENOISER = models.model("denoiser", config=micro(num_classes=4))
+KINDS = {
+    "one step": (CONSISTENCY, {}),
+    "three steps": (CONSISTENCY, {"steps": 3}),
+    "heun": (DENOISER, {"solver": "heun", "steps": 4}),
+    "ancestral": (DENOISER, {"solver": "ancestral", "steps": 4}),
+    "churn": (DENOISER, {"solver": "dpm2", "steps": 4, "churn": Churn(2.0)}),
+}
+kinds = pytest.mark.parametrize(("model", "options"), KINDS.values(), ids=KINDS)
+
+
+def images(model, seeds, **options):
+    parts = list(generate(model, seeds, **options))
+    assert [seed for part in parts for seed in part.seeds] == list(seeds)
+    return torch.cat([part.images for part in parts])
+
+
+def pictures(n, seed=0, channels=3, side=8):
+    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+# Image k.
+
+
+@kinds
+def test_an_image_does_not_depend_on_its_neighbours_or_place(model, options):
+    alone = [images(model, [5, *range(100, 103)], batch=4, **options)[0]]
+    for place in range(4):
+        seeds = [200 + place, 300, 400, 2**62]
+        seeds[place] = 5
+        alone.append(images(model, seeds, batch=4, **options)[place])
+    assert all(torch.equal(image, alone[0]) for image in alone)
+    other = images(model, [6], batch=1, **options)[0]
+    assert float((other - alone[0]).abs().max()) > 0.1
+
+
+@kinds
+def test_an_image_does_not_depend_on_the_batch_size(model, options):
+    seeds = list(range(11))
+    found = [images(model, seeds, batch=batch, **options) for batch in (1, 2, 4, 11, 100, None)]
+    for each in found[1:]:
+        assert float((each - found[0]).abs().max()) < LEVEL / 4
+    assert float(found[0].std()) > 0.05
+    torch.manual_seed(1)  # nothing global takes part
+    assert torch.equal(images(model, seeds, batch=4, **options), found[2])
+
+
+@kinds
+def test_images_are_images_and_no_part_of_a_graph(model, options):
+    made = sample(model, 3, **{name: value for name, value in options.items() if name != "churn"})
+    assert made.shape == (3, 3, 8, 8)
+    assert made.dtype == torch.float32
+    assert float(made.abs().max()) <= 1
+    assert not made.requires_grad
+    made.add_(1).requires_grad_()  # an ordinary tensor: it may be changed and differentiated
+
+
+def test_noise_and_labels_come_from_the_seed():
+    (part,) = generate(CONSISTENCY, [3, 2**62])
+    labels = rng.labels([3, 2**62], 4)
+    assert torch.equal(part.labels, labels)
+    x = 80 * rng.noise([3, 2**62], (3, 8, 8))
+    expected = CONSISTENCY.denoised(x, torch.full((2,), 80.0), labels).clamp(-1, 1)
+    torch.testing.assert_close(part.images, expected)
+    assert part.nfe == 1
+
+
+def test_two_steps_are_algorithm_1():
+    (part,) = generate(CONSISTENCY, [3, 4], steps=2, labels=1)
+    labels = torch.tensor([1, 1])
+    x = 80 * rng.noise([3, 4], (3, 8, 8))
+    x0 = CONSISTENCY.denoised(x, torch.full((2,), 80.0), labels).clamp(-1, 1)
+    x = x0 + math.sqrt(0.8**2 - 0.002**2) * rng.noise([3, 4], (3, 8, 8), 1)
+    expected = CONSISTENCY.denoised(x, torch.full((2,), 0.8), labels).clamp(-1, 1)
+    torch.testing.assert_close(part.images, expected)
+    assert part.nfe == 2
+
+
+def test_a_denoisers_ode_is_solved_to_the_end():
+    (part,) = generate(DENOISER, [3, 4], solver="heun", steps=5, labels=2)
+    times = torch.cat([Karras().times(VE(), 5), torch.zeros(1)])
+    labels = torch.tensor([2, 2])
+
+    def denoise(x, t):
+        return DENOISER.denoised(x, t, labels).clamp(-1, 1)
+
+    *_, state = solve(Heun(), denoise, VE(), 80 * rng.noise([3, 4], (3, 8, 8)), times)
+    torch.testing.assert_close(part.images, state.x.clamp(-1, 1))
+    assert part.nfe == state.nfe == 9
+
+
+@pytest.mark.parametrize(("solver", "nfe"), [("euler", 18), ("heun", 35), ("dpm2", 36), ("ancestral", 18)])
+def test_solvers_count_their_calls(solver, nfe):
+    assert next(generate(DENOISER, [0], solver=solver)).nfe == nfe
+
+
+def test_explicit_times():
+    (part,) = generate(CONSISTENCY, [1], times=[80.0, 5.0, 1.0])
+    assert part.nfe == 3
+    (part,) = generate(DENOISER, [1], solver="euler", times=[80.0, 5.0, 1.0])
+    assert part.nfe == 3
+    (given,) = generate(CONSISTENCY, [1], times=torch.tensor([80.0, 0.8]))
+    (recommended,) = generate(CONSISTENCY, [1], steps=2)
+    assert torch.equal(given.images, recommended.images)
+
+
+@pytest.mark.parametrize("path", [VE(), Trig(), Linear()], ids=lambda path: path.kind)
+@pytest.mark.parametrize("solver", ["heun", "ancestral"])
+def test_a_gaussian_denoiser_makes_gaussian_images(path, solver):
+    model = GaussianOracle(path, mean=0.1, std=0.2, image_shape=(3, 8, 8))
+    made = torch.cat([part.images for part in generate(model, range(300), solver=solver, steps=64, clip=False)])
+    n = made.numel()
+    assert float(made.mean()) == pytest.approx(0.1, abs=4 * 0.2 / math.sqrt(n) + 2e-3)
+    assert float(made.std()) == pytest.approx(0.2, rel=4 / math.sqrt(2 * n) + (0.15 if solver == "ancestral" else 0.01))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_gaussian_consistency_model_makes_gaussian_images(steps):
+    model = GaussianConsistency(VE(), mean=0.1, std=0.2, image_shape=(3, 8, 8))
+    made = sample(model, 300, steps=steps)
+    n = made.numel()
+    assert float(made.mean()) == pytest.approx(0.1, abs=4 * 0.2 / math.sqrt(n) + 1e-3)
+    assert float(made.std()) == pytest.approx(0.2, rel=4 / math.sqrt(2 * n) + 1e-3)
+
+
+# Which class.
+
+
+def test_labels_asked_for():
+    seeds = [0, 1, 2, 3, 4, 5, 10, 11]
+    assert labels_for(CONSISTENCY, seeds, [2, 0, 3]).tolist() == [2, 0, 3, 2, 0, 3, 0, 3]
+    assert labels_for(CONSISTENCY, seeds, 1).tolist() == [1] * 8
+    assert torch.equal(labels_for(CONSISTENCY, seeds), rng.labels(seeds, 4))
+    assert labels_for(models.model(), seeds) is None
+    (part,) = generate(CONSISTENCY, [7], labels=[0, 1])
+    assert part.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"), [([4], "0 to 3, found 4"), (-1, "found -1"), ([0, 9], "found 9"), ([], "none")]
+)
+def test_classes_the_model_does_not_have(labels, words):
+    with pytest.raises(UsageError, match=words):
+        labels_for(CONSISTENCY, [0], labels)
+
+
+def test_a_model_without_classes_takes_none():
+    with pytest.raises(UsageError, match="no classes"):
+        labels_for(models.model(), [0], 1)
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        (DENOISER, {}, "needs a solver"),
+        (DENOISER, {"solver": "rk45"}, "'rk45'"),
+        (CONSISTENCY, {"solver": "heun"}, "takes no solver"),
+        (CONSISTENCY, {"steps": 0}, "at least 1"),
+        (DENOISER, {"solver": "heun", "steps": 0}, "at least 1"),
+        (CONSISTENCY, {"times": [1.0, 2.0]}, "decrease"),
+        (CONSISTENCY, {"times": [100.0]}, "100 is not on"),
+        (CONSISTENCY, {"times": []}, "no time points"),
+        (CONSISTENCY, {"batch": 0}, "at least 1 image"),
+        (CONSISTENCY, {"batch": -2}, "at least 1 image"),
+        (CONSISTENCY, {"labels": 4}, "0 to 3"),
+        (DENOISER, {"solver": "ancestral", "churn": Churn(1.0)}, "ancestral"),
+    ],
+)
+def test_impossible_requests(model, options, words):
+    with pytest.raises(UsageError, match=words):
+        next(generate(model, [0], **options))
+
+
+def test_how_many():
+    assert torch.equal(sample(CONSISTENCY, 2), sample(CONSISTENCY, seeds=[0, 1]))
+    assert len(sample(CONSISTENCY)) == 1
+    assert len(sample(CONSISTENCY, 2, seeds=[8, 9])) == 2
+    with pytest.raises(UsageError, match="3, but there are 2"):
+        sample(CONSISTENCY, 3, seeds=[8, 9])
+    for nothing in ({"n": 0}, {"seeds": []}):
+        with pytest.raises(UsageError, match="no image"):
+            sample(CONSISTENCY, **nothing)
+
+
+# Editing.
+
+MASK = torch.zeros(1, 8, 8, dtype=torch.bool)
+MASK[:, 2:5, 1:7] = True
+EDITED = models.model(grid_points=6)
+
+
+def test_inpainting_keeps_known_pixels_to_the_last_bit():
+    x = pictures(1)
+    made = inpaint(EDITED, x, MASK, seeds=[0, 1, 2])
+    assert made.shape == (3, 3, 8, 8)
+    hole = MASK.expand(3, 3, 8, 8)
+    assert torch.equal(made[~hole], x.expand(3, -1, -1, -1)[~hole])
+    assert float((made[0] - made[1])[hole[0]].abs().max()) > 0.01
+    assert float((made - x)[hole].abs().max()) > 0.1
+    made.add_(0)
+    # what was in the hole does not matter
+    other = torch.where(MASK, pictures(1, seed=9), x)
+    assert torch.equal(inpaint(EDITED, other, MASK, seeds=[0, 1, 2]), made)
+
+
+def test_inpainting_many_images_with_many_masks():
+    x, masks = pictures(2), torch.stack([MASK, ~MASK])
+    both = inpaint(EDITED, x, masks)
+    for i in range(2):
+        one = inpaint(EDITED, x[i], masks[i], seeds=[i])
+        torch.testing.assert_close(one[0], both[i], rtol=0, atol=LEVEL / 4)
+    # one image, two masks
+    two = inpaint(EDITED, x[0], masks, seeds=[0, 1])
+    assert torch.equal(two[1][MASK.expand(3, -1, -1)], x[0][MASK.expand(3, -1, -1)])
+
+
+def test_colorizing_keeps_the_luma():
+    for x in (pictures(2), 3 * pictures(2, seed=1)):  # the second touches the corners of colour space
+        x = x.clamp(-1, 1)
+        made = colorize(EDITED, x, seeds=[0, 1])
+        assert float(made.abs().max()) <= 1
+        torch.testing.assert_close(Luma().A(made), Luma().A(x), rtol=0, atol=1e-5)
+        made.add_(0)
+        # only the luma counts
+        grey = Luma().A(x).expand(-1, 3, -1, -1) / sum(Luma.weights)
+        torch.testing.assert_close(colorize(EDITED, grey, seeds=[0, 1]), made, rtol=0, atol=1e-4)
+        torch.testing.assert_close(colorize(EDITED, grey[:, :1], seeds=[0, 1]), made, rtol=0, atol=1e-4)
+    assert float((made - grey).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_enlarging_keeps_the_block_means(factor):
+    for small in (pictures(2, side=8 // factor), (3 * pictures(2, 1, side=8 // factor)).clamp(-1, 1)):
+        made = superres(EDITED, small, factor, seeds=[0, 1])
+        assert made.shape == (2, 3, 8, 8)
+        assert float(made.abs().max()) <= 1
+        torch.testing.assert_close(AvgPool(factor).A(made), small, rtol=0, atol=1e-5)
+        made.add_(0)
+    assert float((made - AvgPool(factor).pinv(small)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize(
+    "change", [lambda **o: inpaint(EDITED, pictures(1), MASK, **o), lambda **o: colorize(EDITED, pictures(1), **o)]
+)
+def test_an_answer_does_not_depend_on_the_other_seeds(change):
+    whole = change(seeds=[4, 9, 17])
+    again = change(seeds=[9, 17, 4])
+    assert torch.equal(whole, again[torch.tensor([2, 0, 1])])
+    torch.testing.assert_close(change(seeds=[9]), whole[1:2], rtol=0, atol=LEVEL / 4)
+
+
+@pytest.mark.parametrize("op", [Mask(MASK[None]), Luma(), AvgPool(2)], ids=lambda op: type(op).__name__)
+def test_an_edit_with_the_exact_model_is_a_sample_of_the_conditional_distribution(op):
+    model = GaussianConsistency(VE(), mean=0.1, std=0.2, image_shape=(3, 8, 8))
+    truth = model.draw(0.002, 1, seed=3).clamp(-1, 1)
+    n = 300
+    made = edit(model, op, op.A(truth), seeds=range(n))
+    torch.testing.assert_close(op.A(made), op.A(truth).expand(n, -1, -1, -1), rtol=0, atol=1e-5)
+    made = made.double()
+    free = made - op.pinv(op.A(made))
+    dimension = {Mask: 54, Luma: 128, AvgPool: 144}[type(op)]
+    spread = float(((free - free.mean(0)) ** 2).sum()) / (n - 1) / dimension
+    assert spread == pytest.approx(0.04, rel=4 * math.sqrt(2 / (n * dimension)) + 1e-3)
+
+
+def test_the_default_is_the_papers_grid():
+    """Song et al. (2023), algorithm 4: all N points; the last, t_min, would change nothing."""
+    model = models.model(grid_points=40)
+    grid = Karras().times(VE(), 40)
+    assert torch.equal(edit_times(model), grid[:-1])
+    assert torch.equal(edit_times(model, 39), grid[:-1])
+    five = edit_times(model, 5)
+    assert len(five) == 5
+    assert float(five[0]) == 80.0
+    assert float(five[-1]) > 0.002
+    x = pictures(1)
+    explicit = inpaint(model, x, MASK, times=grid[:-1])
+    assert torch.equal(inpaint(model, x, MASK), explicit)
+    assert not torch.equal(inpaint(model, x, MASK, steps=5), explicit)
+    assert torch.equal(inpaint(model, x, MASK, steps=5), inpaint(model, x, MASK, times=five))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda: inpaint(DENOISER, pictures(1), MASK), UsageError, "needs a consistency model"),
+        (lambda: inpaint(EDITED, pictures(1), MASK.float()), DataError, "bool"),
+        (lambda: inpaint(EDITED, pictures(1), MASK[:, :4]), DataError, "mask is 8x4, the image 8x8"),
+        (lambda: inpaint(EDITED, pictures(3), torch.stack([MASK, MASK])), DataError, "2 masks"),
+        (lambda: inpaint(EDITED, pictures(2), MASK, seeds=[0, 1, 2]), UsageError, "2 images do not go with 3 seeds"),
+        (lambda: inpaint(EDITED, pictures(1, side=4), MASK[:, :4, :4]), DataError, "4x4"),
+        (lambda: inpaint(EDITED, (pictures(1) * 127).byte(), MASK), DataError, "float"),
+        (lambda: inpaint(EDITED, pictures(1), MASK, seeds=[]), UsageError, "no image"),
+        (lambda: colorize(EDITED, pictures(1, side=4)), DataError, "4x4"),
+        (lambda: colorize(EDITED, pictures(1, channels=4)), DataError, "1 or 3 channels, found 4"),
+        (
+            lambda: colorize(models.model(config=micro(in_channels=1, out_channels=1)), pictures(1)),
+            UsageError,
+            "colour",
+        ),
+        (lambda: superres(EDITED, pictures(1), 2), DataError, "16x16"),
+        (lambda: superres(EDITED, pictures(1, side=4), 1), UsageError, "at least 2"),
+        (lambda: superres(EDITED, pictures(1, side=4), 2, steps=0), UsageError, "at least 1"),
+        (lambda: superres(EDITED, pictures(1, side=4), 2, times=[90.0]), UsageError, "90 is not on"),
+        (lambda: superres(EDITED, pictures(1, side=4), 2, labels=1), UsageError, "no classes"),
+    ],
+)
+def test_impossible_edits(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_the_public_names_are_these():
+    assert cmtool.sample is sample
+    assert (cmtool.inpaint, cmtool.colorize, cmtool.superres) == (inpaint, colorize, superres)
