@@ -30,6 +30,10 @@ Init = Annotated[Path | None, typer.Option("--init", metavar="PATH", help="Start
 Backbone = Annotated[
     Path | None, typer.Option("--lpips-backbone", metavar="FILE", help="The pretrained network of the LPIPS distance.")
 ]
+Network = Annotated[
+    str | None,
+    typer.Option("--network", metavar="SIZE", help="tiny, small, or a published one [default: the preset's]."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Of everything random. [default: 0]")]
 Resolution = Annotated[
     int | None, typer.Option("--resolution", metavar="N", min=1, help="Crop and resize the images to this side.")
@@ -72,6 +76,7 @@ def train(
     lr: LearningRate = None,
     init: Init = None,
     lpips_backbone: Backbone = None,
+    network: Network = None,
     seed: Seed = None,
     resolution: Resolution = None,
     crop: Crop = None,
@@ -108,6 +113,7 @@ def distill(
     lr: LearningRate = None,
     init: Init = None,
     lpips_backbone: Backbone = None,
+    network: Network = None,
     seed: Seed = None,
     resolution: Resolution = None,
     crop: Crop = None,

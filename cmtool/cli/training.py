@@ -18,7 +18,7 @@ import typer
 
 from cmtool import __version__
 from cmtool.cli import console, options
-from cmtool.errors import DataError, UsageError
+from cmtool.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import FlowMap, ModelCard
     from cmtool.io.data import Dataset
     from cmtool.io.run import RunFolder
+    from cmtool.networks import Config
     from cmtool.training.presets import Shape
     from cmtool.training.recipe import Recipe
     from cmtool.training.trainer import Trainer
@@ -48,6 +49,7 @@ class Request:
     lr: float | None
     init: Path | None
     lpips_backbone: Path | None
+    network: str | None
     seed: int | None
     resolution: int | None
     crop: str | None
@@ -179,6 +181,8 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
     recipe = presets.preset(name)(shape)
     if stored:
         recipe = spec.from_dict(_merged(spec.to_dict(recipe), stored), Recipe, KINDS, "recipe")
+    if request.network is not None:
+        recipe = dataclasses.replace(recipe, network=_network(request.network, recipe, shape))
     for text in request.set_ or ():
         path, equals, value = text.partition("=")
         if not equals:
@@ -187,6 +191,20 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
             continue
         recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
     return _with_flags(recipe, request)
+
+
+def _network(size: str, recipe: Recipe, shape: Shape) -> Config:
+    """The network of a named size for these images."""
+    from cmtool.networks import SIZES
+
+    if recipe.init_from_teacher:
+        raise UsageError(
+            f"the preset {recipe.preset} starts as a copy of its teacher and would ignore --network",
+            "choose the size when training the teacher",
+        )
+    if size not in SIZES:
+        raise UsageError(f"--network: there is no size {size!r}", nearest(size, SIZES))
+    return SIZES[size](shape.resolution, shape.channels, shape.num_classes)
 
 
 def _with_flags(recipe: Recipe, request: Request) -> Recipe:

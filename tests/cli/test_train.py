@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from cmtool import spec
 from cmtool.cli import options, training
 from cmtool.io import checkpoint, data
+from cmtool.networks import configs
 from cmtool.training.trainer import Trainer
 from tests.models import Pictures
 
@@ -133,6 +135,20 @@ def test_the_same_config_makes_the_same_weights(train, cli, tmp_path):
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
     train("c", "--seed", 1)
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+def test_the_network_is_chosen_by_size(cli, pictures, tmp_path):
+    ask = ("train", "--data", pictures, "--preset", "edm", "--out", tmp_path / "x", "--dry-run", "--json")
+    chosen = json.loads(cli(*ask, "--network", "tiny").stdout)["recipe"]["network"]
+    assert chosen == spec.to_dict(configs.tiny(chosen["resolution"], 3, 3))
+    changed = cli(*ask, "--network", "tiny", "--set", "network.dropout=0.5")
+    assert json.loads(changed.stdout)["recipe"]["network"] == chosen | {"dropout": 0.5}
+    cli(*ask, "--network", "tinny").error(2, "tinny", "did you mean tiny?")
+
+
+def test_a_student_has_its_teachers_network(cli, folder, pictures, tmp_path):
+    ask = ("distill", "--teacher", folder / "teacher.safetensors", "--data", pictures, "--preset", "cd")
+    cli(*ask, "--out", tmp_path / "x", "--dry-run", "--network", "tiny").error(2, "would ignore --network")
 
 
 def test_duration_is_in_images(train, cli, pictures, tmp_path):

@@ -98,6 +98,20 @@ def test_the_log_is_one_object_a_line(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
 
 
+def test_rewinding_drops_what_will_be_written_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    folder.rewind(3)  # nothing there yet
+    for step in range(1, 6):
+        folder.log({"step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # stopped in the middle of a line
+    folder.rewind(3)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    folder.log({"step": 4})
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[-1] == '{"step": 4}'
+
+
 def test_a_run_goes_on_from_its_folder(tmp_path):
     folder = RunFolder(tmp_path)
     folder.prepare(CONFIG)

@@ -30,7 +30,6 @@ def leaves(component, prefix=""):
         yield prefix.rstrip("."), component
 
 
-
 def recipe(name="cd", **shape) -> Recipe:
     return presets.preset(name)(presets.Shape(32, 3, 10, **shape))
 

@@ -158,6 +158,8 @@ def test_reports_count_steps_and_images():
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert [report.images for report in reports] == [5, 10, 15, 20, 25, 30]
     assert [report.progress for report in reports] == pytest.approx([i / 6 for i in range(1, 7)])
+    times = torch.cat([report.t for report in reports])
+    assert len(times.unique()) == 30  # every step draws its own
     for i, report in enumerate(reports):
         assert report.lr == EDM_RECIPE.optimizer.rate(i / 6, 5 * (i + 1))
         assert report.per_sample.shape == report.t.shape == (5,)
@@ -189,6 +191,14 @@ def test_gradients_are_clipped_and_their_norm_reported():
     torch.testing.assert_close(other.grad_norm, report.grad_norm)
     norm = torch.stack([parameter.grad.norm() for parameter in free.model.parameters()]).norm()
     torch.testing.assert_close(norm, other.grad_norm)
+
+
+def test_steps_go_through_the_data_in_order():
+    data, asked = Pictures(23, classes=3), []
+    fetch = data.batch
+    data.batch = lambda indices: asked.append(indices) or fetch(indices)
+    run(trainer(EDM_RECIPE, data=data))
+    assert torch.equal(torch.cat(asked), Order(23, 3).indices(0, 30))
 
 
 def test_what_a_batch_is_made_of():
@@ -279,8 +289,9 @@ def test_a_run_can_start_from_other_weights():
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_divergence_is_caught_and_nothing_of_it_can_be_saved(poison):
-    made = trainer(replace(EDM_RECIPE, iterations=100))
+@pytest.mark.parametrize(("iterations", "noticed"), [(100, 20), (4, 4)])
+def test_divergence_is_caught_and_nothing_of_it_can_be_saved(poison, iterations, noticed):
+    made = trainer(replace(EDM_RECIPE, iterations=iterations))
 
     class Poisoned(torch.nn.Module):
         def __init__(self, objective):
@@ -300,9 +311,9 @@ def test_divergence_is_caught_and_nothing_of_it_can_be_saved(poison):
     made.objective = Poisoned(made.objective)
     run(made, 3)
     made.state_dict()  # so far all is well
-    with pytest.raises(DivergenceError, match="step 20"):
+    with pytest.raises(DivergenceError, match=f"step {noticed}"):
         run(made)
-    assert made.step == 20
+    assert made.step == noticed
     for leave in (made.state_dict, lambda: made.average):
         with pytest.raises(DivergenceError):
             leave()
