@@ -178,7 +178,14 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
         raise UsageError("missing option '--preset'", f"one of {', '.join(presets.PRESETS)}")
     if known not in (None, name):
         raise UsageError(f"--preset {name} contradicts the config, a run of {known}", "leave one of the two out")
-    recipe = presets.preset(name)(shape)
+    make = presets.preset(name)
+    try:
+        recipe = make(shape)
+    except ValueError as error:
+        side = f"{shape.resolution}x{shape.resolution}"
+        raise UsageError(
+            f"the preset {name} does not go with {side} images: {error}", "choose another --resolution"
+        ) from error
     if stored:
         recipe = spec.from_dict(_merged(spec.to_dict(recipe), stored), Recipe, KINDS, "recipe")
     if request.network is not None:
@@ -204,7 +211,10 @@ def _network(size: str, recipe: Recipe, shape: Shape) -> Config:
         )
     if size not in SIZES:
         raise UsageError(f"--network: there is no size {size!r}", nearest(size, SIZES))
-    return SIZES[size](shape.resolution, shape.channels, shape.num_classes)
+    try:
+        return SIZES[size](shape.resolution, shape.channels, shape.num_classes)
+    except ValueError as error:
+        raise UsageError(f"--network {size}: {error}", "choose another --resolution") from error
 
 
 def _with_flags(recipe: Recipe, request: Request) -> Recipe:

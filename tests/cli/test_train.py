@@ -146,6 +146,12 @@ def test_the_network_is_chosen_by_size(cli, pictures, tmp_path):
     cli(*ask, "--network", "tinny").error(2, "tinny", "did you mean tiny?")
 
 
+def test_a_resolution_no_network_can_halve(cli, pictures, tmp_path):
+    ask = ("train", "--data", pictures, "--resolution", 7, "--out", tmp_path / "x", "--dry-run", "--preset", "edm")
+    cli(*ask).error(2, "7x7", "cannot be halved", "--resolution")
+    cli(*ask, "--network", "adm-lsun256").error(2, "7x7")
+
+
 def test_a_student_has_its_teachers_network(cli, folder, pictures, tmp_path):
     ask = ("distill", "--teacher", folder / "teacher.safetensors", "--data", pictures, "--preset", "cd")
     cli(*ask, "--out", tmp_path / "x", "--dry-run", "--network", "tiny").error(2, "would ignore --network")

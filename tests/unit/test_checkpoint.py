@@ -273,7 +273,7 @@ def test_every_truncation_is_found(tmp_path, saved):
     assert_refused(tmp_path / "x.safetensors", "not a complete safetensors file")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_refused_or_harmless_but_never_a_crash(tmp_path, saved, data):
     raw = bytearray(saved.read_bytes())
@@ -289,7 +289,7 @@ def test_damage_is_refused_or_harmless_but_never_a_crash(tmp_path, saved, data):
 SUBSTITUTES = [None, True, -1, 0, 10**30, 1.5, float("nan"), float("inf"), "", "kind", [], {}, [[]], {"kind": "ve"}]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), substitute=st.sampled_from(SUBSTITUTES))
 def test_wrong_values_in_the_header_are_refused_or_harmless(tmp_path, saved, data, substitute):
     def places(value, path=()):

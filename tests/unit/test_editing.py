@@ -139,7 +139,7 @@ def test_to_range_leaves_what_is_inside_alone(op):
     assert torch.equal(to_range(op, x, op.A(x)), x)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(OPERATORS)),
     seed=st.integers(0, 2**31),
