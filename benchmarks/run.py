@@ -1,7 +1,7 @@
 """Benchmarks: numbers of this machine, in one run. Prints a table; never fails on a slow machine.
 
-    start-up    what a person waits for before anything happens: help, version, a usage error, completion, and beside
-                them the time of `import torch`, which none of them pays
+start-up    what a person waits for before anything happens: help, version, a usage error, completion, and beside
+            them the time of `import torch`, which none of them pays
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class Demo:
         """Print a command, run it, add its time to its phase; stop the demo if it fails."""
         print(f"\n$ {shlex.join(('cmtool', *argv))}", flush=True)
         start = time.perf_counter()
-        code = subprocess.run([sys.executable, "-m", "cmtool", *argv], stdout=subprocess.DEVNULL, check=False).returncode
+        code = subprocess.run(
+            [sys.executable, "-m", "cmtool", *argv], stdout=subprocess.DEVNULL, check=False
+        ).returncode
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
         if code:
             sys.exit(code)

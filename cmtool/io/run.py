@@ -115,8 +115,13 @@ class RunFolder:
                 f"cannot write the checkpoint of step {trainer.step}: {error.strerror or error}",
                 "free some space; earlier checkpoints are intact",
             ) from error
-        for old in sorted(folder.glob("step_*.pt"))[:-_KEEP]:
+        for old in self._states()[:-_KEEP]:
             old.unlink(missing_ok=True)
+
+    def _states(self) -> list[Path]:
+        """The training states, the oldest first."""
+        found = (self.path / "checkpoints").glob("step_*.pt")
+        return sorted(found, key=lambda file: (len(file.name), file.name))
 
     def latest(self) -> dict[str, Any] | None:
         """The newest training state, or None if there is none yet.
@@ -126,7 +131,7 @@ class RunFolder:
         """
         import torch
 
-        states = sorted((self.path / "checkpoints").glob("step_*.pt"))
+        states = self._states()
         if not states:
             return None
         try:

@@ -192,20 +192,20 @@ def tiny(resolution: int = 16, channels: int = 3, num_classes: int = 0) -> DDPMp
 
 
 def small(resolution: int = 32, channels: int = 3, num_classes: int = 0) -> DDPMppConfig:
-    """DDPM++ with about three million parameters, for training on a CPU.
+    """DDPM++ with one to three million parameters, for training on a CPU.
 
     The finest levels are narrow, so that every level costs about the same; attention, which is slow to train on a CPU,
     is only in the middle.
     """
-    width, mult = (64, (1, 2)) if resolution <= 16 else (32, (1, 2, 4)) if resolution <= 32 else (32, (1, 2, 4, 4))
+    mult = (1, 2) if resolution <= 16 else (1, 2, 4) if resolution <= 32 else (1, 2, 4, 4)
     return DDPMppConfig(
         resolution=resolution,
         in_channels=channels,
         out_channels=channels,
         num_classes=num_classes,
-        channels=width,
+        channels=32,
         channel_mult=mult,
-        num_blocks=1,
+        num_blocks=2 if resolution <= 16 else 1,
         attention_resolutions=(),
     )
 

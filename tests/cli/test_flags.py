@@ -8,9 +8,9 @@ from cmtool.cli.app import app
 
 MAKE = "--batch --device --precision --json"
 EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
-TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution --crop
-    --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every --dry-run -n
-    --resume --overwrite {MAKE}"""
+TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
+    --crop --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every
+    --dry-run -n --resume --overwrite {MAKE}"""
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
