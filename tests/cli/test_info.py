@@ -60,7 +60,7 @@ def test_every_setting_of_a_recipe_is_listed(cli):
     assert rows["network.resolution"] == "16"
     assert rows["averages.0.images"] == str(recipe.averages[0].images)
     told = json.loads(cli("presets", "show", "cd", "--recipe", "--json").stdout)
-    assert told["recipe"]["objective"]["times"]["curriculum"]["num"] == 18
+    assert told["recipe"]["objective"]["times"]["curriculum"]["num"] == 10
 
 
 def test_unknown_presets_are_answered_with_the_nearest(cli):

@@ -94,7 +94,7 @@ def test_teach_distil_and_train_without_a_teacher(train, cli, pictures, tmp_path
     assert told["role"] == "consistency"
     assert told["teacher"] == str(tmp_path / "teacher")
     assert told["network"]["channels"] == 8  # the teacher's
-    assert told["grid_points"] == 18
+    assert told["grid_points"] == 10
     assert train("ct", preset="ct").code == 0
     for name in ("student", "ct"):
         assert cli("sample", "--model", tmp_path / name, "--out", tmp_path / "x.png").code == 0
