@@ -40,6 +40,9 @@ def edm(shape: Shape) -> Recipe:
     Karras et al. (2022), arXiv:2206.00364: their preconditioning, weight snr + 1 / sigma_data^2, log-normal sigma.
     Scaled for minutes on a CPU: a small network, large steps that fall to zero along a cosine, and ln sigma ~
     N(-0.6, 1.3^2) instead of N(-1.2, 1.2^2), since at low resolution what an image shows is decided at higher noise.
+
+    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps) show
+    the class asked for, muddiness 1.16 times that of real digits.
     """
     from cmtool.times import LogNormal
     from cmtool.training.average import HalfLife
@@ -126,6 +129,9 @@ def cd(shape: Shape) -> Recipe:
     Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target. Scaled for minutes on a CPU: N = 10, so
     that what the fine levels learn reaches the coarse ones in few steps, and squared l2 with the weight snr + 1 /
     sigma_data^2, which makes the error of the network's raw output count alike at all levels, as in its teacher.
+
+    Measured on digits:train from the `edm` teacher (2 CPU cores with AMX, 2026-11-21): 267 s; 97.1 % of 1,000 one-step
+    samples show the class asked for, muddiness 1.36 times that of real digits.
     """
     from cmtool.training.average import HalfLife
     from cmtool.training.distances import L2
@@ -253,7 +259,7 @@ def ct(shape: Shape) -> Recipe:
         weight=Karras(),
         optimizer=Optimizer(lr=1e-3, warmup=10_000, final=0.01),
         averages=(HalfLife(images=20_000, ramp_up=0.1),),
-        iterations=1200,
+        iterations=600,
         batch=128,
     )
 
