@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -43,6 +44,11 @@ def places(out: str, seeds: Sequence[int]) -> list[str]:
         targets = [out]
     elif os.path.exists(out):
         raise UsageError(f"--out {out} is a file, and no image by its name", "give a folder, or a name like out.png")
+    elif re.search(r"\.[A-Za-z]{2,4}$", out):
+        raise UsageError(
+            f"--out {out}: images of this kind cannot be written",
+            f"use {', '.join(WRITABLE)}, or {out}/ if a folder is meant",
+        )
     else:
         return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
     check_target("--out", targets[0])

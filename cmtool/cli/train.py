@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cmtool.cli import options, training
+from cmtool.errors import UsageError
 
 Data = Annotated[
     str | None, typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip, .npz or .npy of images.")
@@ -22,6 +23,9 @@ Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The run fold
 Teacher = Annotated[
     Path | None, typer.Option("--teacher", metavar="PATH", help="The diffusion model to distil: a run or a file.")
 ]
+NoTeacher = Annotated[
+    Path | None, typer.Option("--teacher", hidden=True, help="See distill.")
+]  # to say where it belongs
 Iterations = Annotated[str | None, typer.Option("--iterations", metavar="COUNT", help="How long, in steps: 400k.")]
 Duration = Annotated[str | None, typer.Option("--duration", metavar="COUNT", help="How long, in images: 51.2M.")]
 Batch = Annotated[int | None, typer.Option("--batch", metavar="N", min=1, help="Images a step, over all devices.")]
@@ -94,11 +98,16 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: options.Json = False,
+    teacher: NoTeacher = None,
 ) -> None:
     """Train a model on images: a diffusion teacher, or a consistency model without one.
 
     Needs --data and --preset, or a --config that names them.
     """
+    if teacher is not None:
+        raise UsageError(
+            "train follows no teacher", "use cmtool distill --teacher; --init starts from a model's weights"
+        )
     training.run(training.Request(**locals()))
 
 
@@ -136,4 +145,4 @@ def distill(
 
     Needs --teacher, --data and --preset, or a --config that names them.
     """
-    training.run(training.Request(**locals()))
+    training.run(training.Request(**locals(), distils=True))

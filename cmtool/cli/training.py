@@ -18,7 +18,7 @@ import typer
 
 from cmtool import __version__
 from cmtool.cli import console, options
-from cmtool.errors import DataError, UsageError, nearest
+from cmtool.errors import DataError, DivergenceError, UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ class Request:
     overwrite: bool
     as_json: bool
     teacher: Path | None = None
+    distils: bool = False  # `distill` rather than `train`
 
 
 def run(request: Request) -> None:
@@ -94,7 +95,7 @@ def run(request: Request) -> None:
 
     # What can be wrong with the options is found before anything large is read.
     draft = _recipe(request, earlier, Shape(), judge_network=False)
-    _check_teacher(draft, settings["teacher"])
+    _check_teacher(draft, settings["teacher"], request.distils)
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
@@ -104,6 +105,7 @@ def run(request: Request) -> None:
     if teacher is not None:
         _check_data(data, teacher)
     recipe = _recipe(request, earlier, _shape(data, init or teacher))
+    _check_network(recipe, teacher)
     _check_labels(data, recipe)
     config = _config(recipe, settings, data)
     if resumed:
@@ -130,9 +132,18 @@ def run(request: Request) -> None:
             trainer.load_state_dict(state)
         folder.rewind(trainer.step)
     else:
+        if request.resume:
+            console.note(f"there is no run in {folder.path} yet: starting one")
         folder.prepare(config, overwrite=request.overwrite)
     _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
-    _loop(trainer, folder, request)
+    try:
+        _loop(trainer, folder, request)
+    except DivergenceError as error:
+        kept = folder.saved()
+        raise DivergenceError(
+            error.message + (f"; the checkpoint of step {kept:,} is intact" if kept else " and no checkpoint was made"),
+            "start again with a lower --lr or --precision fp32, and --overwrite or another --out",
+        ) from error
 
 
 # Resolving what is asked for.
@@ -288,17 +299,34 @@ def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: F
 # Refusing what does not fit together.
 
 
-def _check_teacher(recipe: Recipe, teacher: str | None) -> None:
+def _check_teacher(recipe: Recipe, teacher: str | None, distils: bool) -> None:
     follows = recipe.objective.needs_teacher or recipe.init_from_teacher
-    if follows and teacher is None:
+    if follows and not distils:
         raise UsageError(
-            f"the preset {recipe.preset} follows a teacher, and there is none",
+            f"the preset {recipe.preset} follows a teacher, and train has none",
             f"use cmtool distill --teacher runs/teacher --preset {recipe.preset}",
         )
-    if teacher is not None and not follows:
+    if follows and teacher is None:
+        raise UsageError(
+            f"the preset {recipe.preset} follows a teacher, and there is none", "add --teacher runs/teacher"
+        )
+    if distils and not follows:
         raise UsageError(
             f"the preset {recipe.preset} follows no teacher and would ignore --teacher",
             f"use cmtool train --preset {recipe.preset}; --init starts from the weights of a model",
+        )
+
+
+def _check_network(recipe: Recipe, teacher: FlowMap | None) -> None:
+    """A student that starts as a copy of its teacher has its network; only what is no weight may differ."""
+    if teacher is None or not recipe.init_from_teacher:
+        return
+    config: Any = teacher.network.config
+    free = {name: getattr(recipe.network, name) for name in ("dropout", "label_dropout")}
+    if dataclasses.replace(config, **free) != recipe.network:
+        raise UsageError(
+            f"the preset {recipe.preset} starts as a copy of its teacher, and the recipe has another network",
+            "leave out --set network...; the size is chosen when the teacher is trained",
         )
 
 
@@ -320,7 +348,8 @@ def _check_labels(data: Dataset, recipe: Recipe) -> None:
     if data.labels is None:
         raise DataError(
             f"the network knows {classes} classes, and the data has no labels",
-            "sort the images into a sub-folder a class, or add --set network.num_classes=0",
+            "sort the images into a sub-folder a class"
+            + ("" if recipe.init_from_teacher else ", or add --set network.num_classes=0"),
         )
     if int(data.labels.max()) >= classes:
         raise DataError(

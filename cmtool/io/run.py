@@ -123,6 +123,11 @@ class RunFolder:
         found = (self.path / "checkpoints").glob("step_*.pt")
         return sorted(found, key=lambda file: (len(file.name), file.name))
 
+    def saved(self) -> int:
+        """The step of the newest training state; 0 if there is none."""
+        states = self._states()
+        return int(states[-1].stem.removeprefix("step_")) if states else 0
+
     def latest(self) -> dict[str, Any] | None:
         """The newest training state, or None if there is none yet.
 

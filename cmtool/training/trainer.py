@@ -177,7 +177,7 @@ class Trainer:
         if not bool(self._finite):
             raise DivergenceError(
                 f"the loss or its gradient stopped being finite by step {self.step}",
-                "try a lower --lr, or --precision fp32; the last checkpoint in the run folder is intact",
+                "try a lower learning rate, or float32",
             )
 
     def _batch(self, generator: torch.Generator) -> Batch:

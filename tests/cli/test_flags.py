@@ -33,6 +33,8 @@ def flags(command, path: str = "") -> dict[str, set[str]]:
     """Options, and arguments by their metavar, of a command and of those below it."""
     found = set()
     for parameter in command.params:
+        if parameter.hidden:
+            continue
         options = [*parameter.opts, *parameter.secondary_opts]
         found |= set(options) if options[0].startswith("-") else {parameter.metavar}
     tree = {path: found - {"--help", "-h"}}

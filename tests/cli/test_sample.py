@@ -183,3 +183,12 @@ def test_a_shell_pipeline(student, tmp_path):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert read(tmp_path / "large.png").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["fixed.pgn", "a.txt", "x.xyz"])
+def test_a_mistyped_ending_makes_no_folder(cli, folder, tmp_path, name):
+    ask = ("sample", "--model", folder / "student.safetensors", "--out")
+    cli(*ask, tmp_path / name).error(2, "cannot be written", ".png", f"{name}/")
+    assert not (tmp_path / name).exists()
+    assert cli(*ask, f"{tmp_path / name}/").code == 0
+    assert (tmp_path / name / "000000.png").is_file()

@@ -152,9 +152,23 @@ def test_a_resolution_no_network_can_halve(cli, pictures, tmp_path):
     cli(*ask, "--network", "adm-lsun256").error(2, "7x7")
 
 
-def test_a_student_has_its_teachers_network(cli, folder, pictures, tmp_path):
-    ask = ("distill", "--teacher", folder / "teacher.safetensors", "--data", pictures, "--preset", "cd")
-    cli(*ask, "--out", tmp_path / "x", "--dry-run", "--network", "tiny").error(2, "would ignore --network")
+def test_a_student_has_its_teachers_network(train, cli, pictures, tmp_path):
+    assert train("teacher").code == 0
+    ask = ("distill", "--teacher", tmp_path / "teacher", "--data", pictures, "--preset", "cd", "--out", tmp_path / "x")
+    cli(*ask, "--dry-run", "--network", "tiny").error(2, "would ignore --network")
+    cli(*ask, "--dry-run", "--set", "network.channels=16").error(2, "another network", "--set network")
+    assert cli(*ask, "--dry-run", "--set", "network.dropout=0.1").code == 0
+
+
+def test_train_and_distill_do_not_do_each_others_work(train, cli, tmp_path):
+    assert train("teacher").code == 0
+    again = ("--config", tmp_path / "teacher", "--out", tmp_path / "x", "--dry-run")
+    cli("distill", *again).error(2, "follows no teacher", "cmtool train")
+    cli("train", *again, "--teacher", tmp_path / "teacher").error(2, "cmtool distill --teacher")
+
+
+def test_divergence_says_what_is_kept(train):
+    train("run", "--lr", "1e30", "-q", iterations=40).error(1, "no checkpoint was made", "--overwrite")
 
 
 def test_duration_is_in_images(train, cli, pictures, tmp_path):

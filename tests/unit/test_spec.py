@@ -15,6 +15,7 @@ from cmtool.errors import ConfigError
 from cmtool.flow import ModelCard
 from cmtool.networks import configs
 from cmtool.training import presets
+from cmtool.training.distances import PseudoHuber
 from cmtool.training.recipe import KINDS, Recipe
 
 
@@ -31,7 +32,11 @@ def leaves(component, prefix=""):
 
 
 def recipe(name="cd", **shape) -> Recipe:
-    return presets.preset(name)(presets.Shape(32, 3, 10, **shape))
+    """A preset's recipe; `cd` with a distance that has a constant."""
+    made = presets.preset(name)(presets.Shape(32, 3, 10, **shape))
+    if name != "cd":
+        return made
+    return dataclasses.replace(made, objective=dataclasses.replace(made.objective, distance=PseudoHuber()))
 
 
 def through_json(component, hint):
