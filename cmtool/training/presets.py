@@ -39,10 +39,10 @@ def edm(shape: Shape) -> Recipe:
 
     Karras et al. (2022), arXiv:2206.00364: their preconditioning, weight snr + 1 / sigma_data^2, log-normal sigma.
     Scaled for minutes on a CPU: a small network, large steps that fall to zero along a cosine, and ln sigma ~
-    N(-0.6, 1.3^2) instead of N(-1.2, 1.2^2), since at low resolution what an image shows is decided at higher noise.
+    N(-0.6, 1.3^2) instead of N(-1.2, 1.2^2): more of the high noise, where a small image's content is decided.
 
-    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps) show
-    the class asked for, muddiness 1.16 times that of real digits.
+    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps; one run)
+    show the class asked for, muddiness 1.16 times that of real digits.
     """
     from cmtool.times import LogNormal
     from cmtool.training.average import HalfLife
@@ -126,12 +126,13 @@ def edm_lsun256(shape: Shape) -> Recipe:
 def cd(shape: Shape) -> Recipe:
     """Consistency distillation from a diffusion teacher, with a Heun step between neighbours.
 
-    Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target. Scaled for minutes on a CPU: N = 10, so
-    that what the fine levels learn reaches the coarse ones in few steps, and squared l2 with the weight snr + 1 /
-    sigma_data^2, which makes the error of the network's raw output count alike at all levels, as in its teacher.
+    Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target. Scaled for minutes on a CPU: N = 10
+    (no better and no worse than 18 in a short run) and squared l2 with the weight snr + 1 / sigma_data^2, under which
+    an error of the network's raw output counts alike at all levels, as in its teacher. Chosen by a short search on
+    digits, in `examples/LOG.md`.
 
     Measured on digits:train from the `edm` teacher (2 CPU cores with AMX, 2026-11-21): 267 s; 97.1 % of 1,000 one-step
-    samples show the class asked for, muddiness 1.36 times that of real digits.
+    samples (one run) show the class asked for, muddiness 1.36 times that of real digits.
     """
     from cmtool.training.average import HalfLife
     from cmtool.training.distances import L2
@@ -246,7 +247,7 @@ def ct(shape: Shape) -> Recipe:
     mu0 = 0.1, so that the target follows within tens of steps; distance and weight of `cd`.
 
     Measured on digits:train (one CPU core with AMX, 2026-11-21): 600 steps at 270 images/s; 95.7 % of 1,000 one-step
-    samples show the class asked for, muddiness 1.43 times that of real digits.
+    samples (one run) show the class asked for, muddiness 1.43 times that of real digits.
     """
     from cmtool.training.average import HalfLife
     from cmtool.training.distances import L2
