@@ -41,8 +41,8 @@ def edm(shape: Shape) -> Recipe:
     Scaled for minutes on a CPU: a small network, large steps that fall to zero along a cosine, and ln sigma ~
     N(-0.6, 1.3^2) instead of N(-1.2, 1.2^2): more of the high noise, where a small image's content is decided.
 
-    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps; one run)
-    show the class asked for, muddiness 1.16 times that of real digits.
+    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps;
+    one run) show the class asked for, muddiness 1.16 times that of real digits.
     """
     from cmtool.times import LogNormal
     from cmtool.training.average import HalfLife
