@@ -15,8 +15,8 @@ from torch import Tensor
 from cmtool import rng
 from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
 from cmtool.errors import DataError, UsageError
-from cmtool.flow.flow_map import FlowMap
-from cmtool.sampler import check_times, default_times
+from cmtool.flow.flow_map import FlowMap, guided
+from cmtool.sampler import Landing, check_times, default_times
 from cmtool.sampler import sample as run_sampler
 from cmtool.solvers import SOLVERS, Churn, Euler, Solver, solve
 from cmtool.times import Karras
@@ -62,20 +62,28 @@ def generate(
     labels: Sequence[int] | int | None = None,
     solver: str | None = None,
     churn: Churn | None = None,
+    landing: Landing | None = None,
+    guidance: float = 1.0,
     batch: int | None = None,
     clip: bool = True,
 ) -> Iterator[Generated]:
     """Sample one image a seed, batch by batch.
 
     Args:
-        model: a consistency model, sampled by Algorithm 1 of Song et al. (2023); or a denoiser, whose ODE is solved.
+        model: a consistency model, sampled by Algorithm 1 of Song et al. (2023); a two-time model, sampled by its
+            jumps; or a denoiser, whose ODE is solved.
         seeds: one image each.
-        steps: network calls of a consistency model (default 1), steps of a solver (default 18).
+        steps: network calls (default 1); with a solver its steps (default 18).
         times: explicit decreasing path times instead of `steps`. For a solver, the points to solve through; a last step
             to t = 0 is added.
         labels: see `labels_for`.
-        solver: euler, heun, dpm2 or ancestral; needed by a denoiser, refused by a consistency model.
-        churn: stochastic sampling of Karras et al. (2022) for a denoiser.
+        solver: euler, heun, dpm2, ddim or ancestral: solve dx/dt = (x - D) / t, on VE, with the model's estimate as D.
+            A denoiser needs it; for a consistency model it is the deterministic view x' = (x - f) / t, whose samples
+            spread the wider the more steps are made (see `cmtool.sampler`).
+        churn: stochastic sampling of Karras et al. (2022) by a solver.
+        landing: where a jump lands: "t_min" denoises and renoises, "next" goes on from the next time without noise.
+            The default is "next" for two-time models, else "t_min".
+        guidance: scale of classifier-free guidance; 1 is none. See `cmtool.flow.guided`.
         batch: images at once; chosen by resolution if None.
         clip: clamp estimates to the image range on the way.
     Yields:
@@ -83,27 +91,31 @@ def generate(
     Raises:
         UsageError: a role without its sampler, steps or times that make no sense.
     """
-    _check_role(model, solver)
+    _check_role(model, solver, landing)
+    model = guided(model, guidance)
+    how = landing or ("next" if model.card.role == "flow_map" else "t_min")
     if solver == "ancestral" and churn is not None:
         raise UsageError("ancestral sampling adds noise already", "leave out the churn, or take another solver")
     classes = labels_for(model, seeds, labels)
     size = max(1, _BATCH_PIXELS // model.card.resolution**2) if batch is None else batch
     if size < 1:
         raise UsageError(f"a batch holds at least 1 image, found {size}")
-    if model.card.role == "consistency":
-        points = default_times(model, 1 if steps is None else steps) if times is None else _times(model, times)
-    else:
+    if solver is not None:
         points = _solver_times(model, steps, times)
+    elif times is not None:
+        points = _times(model, times)
+    else:
+        points = default_times(model, 1 if steps is None else steps, how)
     for first in range(0, len(seeds), size):
         part = list(seeds[first : first + size])
         wanted = None if classes is None else classes[first : first + size].to(model.device)
         noise = _noise(part, model)
         start = _start(model, points, noise)
-        if model.card.role == "consistency":
-            for state in run_sampler(model, start, points, noise=noise, labels=wanted, clip=clip):
+        if solver is None:
+            for state in run_sampler(model, start, points, noise=noise, labels=wanted, clip=clip, landing=how):
                 x, nfe = state.denoised, state.step
         else:
-            x, nfe = _solve(model, start, points, noise, wanted, solver or "heun", churn, clip)
+            x, nfe = _solve(model, start, points, noise, wanted, solver, churn, clip)
         yield Generated(part, None if wanted is None else wanted.cpu(), x.clamp(-1, 1).cpu(), nfe)
 
 
@@ -116,6 +128,8 @@ def sample(
     seeds: Sequence[int] | None = None,
     labels: Sequence[int] | int | None = None,
     solver: str | None = None,
+    landing: Landing | None = None,
+    guidance: float = 1.0,
     batch: int | None = None,
 ) -> Tensor:
     """`n` images (seeds 0 to n-1), or one for each of `seeds`; arguments as `generate`.
@@ -129,8 +143,18 @@ def sample(
         raise UsageError(f"n is {n}, but there are {len(seeds)} seeds", "give one of the two")
     if not len(seeds):
         raise UsageError("there is no image to make", "ask for at least one")
-    options = {"steps": steps, "times": times, "labels": labels, "solver": solver, "batch": batch}
-    return torch.cat([part.images for part in generate(model, list(seeds), **options)])  # type: ignore[arg-type]
+    parts = generate(
+        model,
+        list(seeds),
+        steps=steps,
+        times=times,
+        labels=labels,
+        solver=solver,
+        landing=landing,
+        guidance=guidance,
+        batch=batch,
+    )
+    return torch.cat([part.images for part in parts])
 
 
 def inpaint(
@@ -246,7 +270,7 @@ def edit(
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1] with op.A(result) = known as closely as the range allows.
     """
-    if model.card.role != "consistency":
+    if model.card.role == "denoiser":
         raise UsageError(
             "zero-shot editing needs a consistency model, and this is a denoiser", "distil it first: cmtool distill"
         )
@@ -286,14 +310,15 @@ def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
     return Karras(model.card.grid_rho).times(model.path, steps + 1)[:-1]
 
 
-def _check_role(model: FlowMap, solver: str | None) -> None:
-    if model.card.role == "denoiser":
-        if solver is None:
-            raise UsageError("this model is a denoiser and needs a solver", "add --solver heun --steps 18")
-        if solver not in (*SOLVERS, "ancestral"):
-            raise UsageError(f"there is no solver {solver!r}", f"one of {', '.join((*SOLVERS, 'ancestral'))}")
-    elif solver is not None:
-        raise UsageError("a consistency model is sampled in --steps and takes no solver", "leave out --solver")
+def _check_role(model: FlowMap, solver: str | None, landing: Landing | None) -> None:
+    if solver is not None and solver not in (*SOLVERS, "ancestral"):
+        raise UsageError(f"there is no solver {solver!r}", f"one of {', '.join((*SOLVERS, 'ancestral'))}")
+    if landing not in (None, "t_min", "next"):
+        raise UsageError(f"there is no landing {landing!r}", "one of t_min, next")
+    if solver is not None and landing is not None:
+        raise UsageError("a solver makes no jumps, so there is no landing to choose", "give one of the two")
+    if solver is None and landing != "next" and model.card.role == "denoiser":
+        raise UsageError("this model is a denoiser and needs a solver", "add --solver heun --steps 18")
 
 
 def _times(model: FlowMap, times: Sequence[float] | Tensor) -> Tensor:
@@ -307,8 +332,8 @@ def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Te
         count = 18 if steps is None else steps
         if count < 1:
             raise UsageError(f"--steps must be at least 1, found {count}")
-        grid = Karras(model.card.grid_rho)
-        points = grid.times(model.path, count) if count > 1 else torch.tensor([model.path.t_max])
+        grid, free = Karras(model.card.grid_rho), model.path.t_min == 0  # a path that ends free of noise ends there
+        points = grid.times(model.path, count + free) if count + free > 1 else torch.tensor([model.path.t_max])
     # EDM's last step goes all the way to the clean image.
     return torch.cat([points, points.new_zeros(1)]) if points[-1] > 0 else points
 

@@ -1,14 +1,17 @@
-"""The multistep loop of consistency models: denoise, project, renoise.
+"""The multistep loop: denoise, project, renoise; or denoise, project, go on.
 
 Algorithms 1 (sampling) and 4 (zero-shot editing) of Song et al. (2023), arXiv:2303.01469, are this one loop with
-different starts and constraints.
+different starts and constraints. Where each jump lands on the next time instead of on clean images, nothing is
+renoised: so two-time models are sampled. For a consistency model f it is the deterministic view x' = (x - f) / t, which
+is not the ODE of its data: f is the end of that ODE and no denoiser, and the more steps, the wider the samples spread
+(of Gaussian data towards twice the standard deviation). Only the stochastic form keeps what a consistency model knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from cmtool.errors import UsageError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.times import Karras
 
+Landing = Literal["t_min", "next"]
+
 
 class SampleState(NamedTuple):
     """Where sampling is after a network call."""
@@ -24,7 +29,7 @@ class SampleState(NamedTuple):
     step: int  # 1 after the first call; also the number of network calls so far
     t: float  # the time the network was called at
     x: Tensor  # what it was called with, shape [B, C, H, W]
-    denoised: Tensor  # f(x, t), clipped and projected
+    denoised: Tensor  # the clean images the call implies, clipped and projected
 
 
 @torch.inference_mode()
@@ -37,19 +42,23 @@ def sample(
     constrain: Callable[[Tensor], Tensor] | None = None,
     labels: Tensor | None = None,
     clip: bool = True,
+    landing: Landing = "t_min",
 ) -> Iterator[SampleState]:
     """Run the loop; the last state's `denoised` is the result.
 
-    x_0 = f(x, t_n), clipped to [-1, 1], projected; x = diffuse(x_0, t_min -> t_{n+1}).
+    Landing on t_min, the stochastic multistep form: x0 = f(x, t_n), clipped to [-1, 1], projected; then
+    x = diffuse(x0, t_min -> t_{n+1}). Landing on the next time: the clean image that the jump t_n -> t_{n+1} implies is
+    clipped and projected, and x moves on along it.
 
     Args:
-        model: a consistency model.
+        model: a consistency or two-time model; a denoiser with `landing="next"` (that is DDIM).
         start: samples at times[0], shape [B, C, H, W].
         times: decreasing path times, one a network call, shape [n].
         noise: `noise(i)` gives the standard normal noise [B, C, H, W] for the renoising after call i >= 1.
         constrain: projection of a clean image on what is known of it; see `cmtool.editing`.
         labels: class indices [B] or None.
         clip: clamp the estimate to the image range before projecting and renoising, as the reference does.
+        landing: where a jump lands: "t_min" or "next".
     Yields:
         A `SampleState` after each network call.
     Raises:
@@ -57,28 +66,42 @@ def sample(
     """
     if bool((times[1:] >= times[:-1]).any()):
         raise ValueError("sampling times must decrease")
-    path, x = model.path, start
-    t_min = times.new_tensor(path.t_min)
+    path, x, batch = model.path, start, start.shape[0]
+    t_min = x.new_tensor(path.t_min)
+
+    def cleaned(x0: Tensor) -> Tensor:
+        x0 = x0.clamp(-1, 1) if clip else x0
+        return x0 if constrain is None else constrain(x0)
+
     for i, t in enumerate(times, start=1):
-        x0 = model.denoised(x, t.to(x).expand(x.shape[0]), labels)
-        if clip:
-            x0 = x0.clamp(-1, 1)
-        if constrain is not None:
-            x0 = constrain(x0)
-        yield SampleState(i, float(t), x, x0)
-        if i < len(times):
-            x = path.diffuse(x0, t_min.to(x), times[i].to(x), noise(i).to(x))
+        last = i == len(times)
+        here = t.to(x).expand(batch)
+        after = (times[i].to(x) if landing == "next" and not last else t_min).expand(batch)
+        landed = model.jump(x, here, after, labels)
+        if landing == "next":
+            # The jump is read as a clean image held fixed on the way, which is what can be clipped and projected.
+            still = bool((here == after).any())
+            x0 = cleaned(landed if still else path.implied(x, landed, here, after))
+            moved = x0 if still else path.transport(x, x0, here, after)
+            yield SampleState(i, float(t), x, cleaned(moved) if last else x0)
+            x = moved
+        else:
+            x0 = cleaned(landed)
+            yield SampleState(i, float(t), x, x0)
+            x = x if last else path.diffuse(x0, t_min, times[i].to(x), noise(i).to(x))
 
 
-def default_times(model: FlowMap, steps: int) -> Tensor:
+def default_times(model: FlowMap, steps: int, landing: Landing = "t_min") -> Tensor:
     """The time points of a sample in `steps` network calls: the recommended ones, else even indices of the grid.
 
     A single call is made at t_max. Without a recommendation the indices are round(i (N - 1) / steps), i < steps, on the
-    model's own grid of N points.
+    model's own grid of N points. Jumps that land on the next time take a grid of `steps` + 1 points, t_min the last.
     """
     if steps < 1:
         raise UsageError(f"--steps is the number of network calls and at least 1, found {steps}")
     card = model.card
+    if landing == "next":
+        return Karras(card.grid_rho).times(model.path, steps + 1)[:-1]
     if str(steps) in card.times:
         return torch.tensor(card.times[str(steps)], dtype=torch.float32)
     grid = Karras(card.grid_rho).times(model.path, max(card.grid_points, steps + 1))

@@ -43,6 +43,22 @@ class Euler:
 
 
 @dataclass(frozen=True)
+class DDIM:
+    """The denoised image held fixed, `path.transport`. First order. Song et al. (2021), arXiv:2010.02502, eq. 12.
+
+    Exact where D is constant on the way, hence finite at sigma_s = 0, where it returns alpha_s D; on VE and `Linear`
+    it is Euler's step.
+    """
+
+    kind: ClassVar[str] = "ddim"
+    order: ClassVar[int] = 1
+    calls: ClassVar[int] = 1
+
+    def step(self, denoise: Denoise, path: Path, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return path.transport(x, denoise(x, t), t, s)
+
+
+@dataclass(frozen=True)
 class Heun:
     """Trapezoid rule with an Euler predictor. Second order. Karras et al. (2022), arXiv:2206.00364, algorithm 1."""
 
@@ -163,4 +179,4 @@ def _ancestral_target(path: Path, t: Tensor, s: Tensor) -> Tensor:
     return path.time(path.ratio(s) ** 2 / path.ratio(t))
 
 
-SOLVERS: dict[str, type] = {"euler": Euler, "heun": Heun, "dpm2": DPMSolver2}
+SOLVERS: dict[str, type] = {"euler": Euler, "ddim": DDIM, "heun": Heun, "dpm2": DPMSolver2}

@@ -95,9 +95,14 @@ def replace(component: Any, path: str, value: str, kinds: Kinds) -> Any:
     return _replace(component, names, value, kinds, path)
 
 
-def _replace(component: Any, names: list[str], value: str, kinds: Kinds, path: str) -> Any:
+def _replace(component: Any, names: list[str], value: str, kinds: Kinds, path: str, hint: Any = None) -> Any:
     if isinstance(component, tuple):
         index = int(names[0]) if names[0].isdigit() else -1
+        inner = get_args(hint)[:1]
+        if len(names) == 1 and 0 <= index <= len(component) and inner and _components(inner[0]):
+            # another component in its place, or one more at the end
+            item = from_dict(_parse(value, inner[0], kinds), inner[0], kinds, f"--set {path}")
+            return (*component[:index], item, *component[index + 1 :])
         if not 0 <= index < len(component):
             raise ConfigError(f"--set {path}: {names[0]!r} is not an index from 0 to {len(component) - 1}")
         if len(names) == 1:
@@ -111,7 +116,7 @@ def _replace(component: Any, names: list[str], value: str, kinds: Kinds, path: s
     if names[0] not in known:
         raise ConfigError(f"--set {path}: {type(component).__name__} has no {names[0]!r}", nearest(names[0], known))
     if len(names) > 1:
-        new = _replace(getattr(component, names[0]), names[1:], value, kinds, path)
+        new = _replace(getattr(component, names[0]), names[1:], value, kinds, path, hints[names[0]])
     else:
         new = from_dict(_parse(value, hints[names[0]], kinds), hints[names[0]], kinds, f"--set {path}")
     return _checked(lambda: dataclasses.replace(component, **{names[0]: new}), f"--set {path}")  # type: ignore[type-var]

@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from cmtool import __version__, errors
-from cmtool.cli import colorize, console, data, info, inpaint, presets, sample, superres, train
+from cmtool.cli import average, colorize, console, data, info, inpaint, pairs, presets, sample, superres, train
 
 app = typer.Typer(
     name="cmtool",
@@ -29,11 +29,13 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("distill")(train.distill)
+app.command("pairs")(pairs.pairs)
 app.command("sample")(sample.sample)
 app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("info")(info.info)
+app.command("average")(average.average)
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 

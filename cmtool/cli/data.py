@@ -20,8 +20,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
-        help="A folder or a zip of images (sub-folders or a dataset.json give the classes), an .npz, an .npy, or one "
-        "of digits, digits:train, digits:test.",
+        help="A folder or a zip of images (sub-folders or a dataset.json give the classes), an .npz (of images, or of "
+        "cmtool pairs), an .npy, or one of digits, digits:train, digits:test.",
         show_default=False,
     ),
 ]
@@ -46,7 +46,17 @@ Resize = Annotated[
     typer.Option("--resize", help="The filter; none cuts out a window.", **options.one_of("--resize", options.RESIZES)),
 ]
 Upscale = Annotated[bool, typer.Option("--upscale", help="Let images smaller than --resolution be enlarged.")]
-Channels = Annotated[int, typer.Option("--channels", metavar="1|3", min=1, max=3, help="Grey or RGB.")]
+Channels = Annotated[
+    int | None,
+    typer.Option(
+        "--channels",
+        metavar="1|3",
+        min=1,
+        max=3,
+        help="Grey or RGB. [default: 3; of pairs, as they are]",
+        show_default=False,
+    ),
+]
 Scale = Annotated[int, typer.Option("--scale", metavar="N", min=1, max=64, help="Enlarge the pixels of a grid.")]
 
 
@@ -71,7 +81,7 @@ def preview(
     crop: Crop = "center",
     resize: Resize = "box",
     upscale: Upscale = False,
-    channels: Channels = 3,
+    channels: Channels = None,
     scale: Scale = 1,
     as_json: options.Json = False,
 ) -> None:
@@ -95,10 +105,10 @@ def preview(
     )
     if one_file:
         targets = [out]
-        write_image(out, grid(data.images, scale=scale))
+        write_image(out, grid(data.pictures, scale=scale))
     else:
         targets = images.places(out, range(len(data)))
-        for target, image in zip(targets, data.images, strict=True):
+        for target, image in zip(targets, data.pictures, strict=True):
             write_image(target, image)
     console.note(data.report.summary())
     if as_json:
@@ -123,6 +133,8 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     ]
     if found.first_bad:
         rows.append(("first bad", f"{found.first_bad.name}: {found.first_bad.reason}"))
+    if found.pairs:
+        rows.append(("pairs", found.pairs.summary()))
     rows.append(("resolution", str(found.resolution) if found.resolution else found.hint or "unknown"))
     return rows
 

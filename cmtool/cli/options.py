@@ -15,7 +15,7 @@ import typer
 
 from cmtool.errors import UsageError, nearest
 
-SOLVERS = ("euler", "heun", "dpm2", "ancestral")
+SOLVERS = ("euler", "heun", "dpm2", "ddim", "ancestral")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 CROPS = ("center", "none")

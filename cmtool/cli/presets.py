@@ -27,11 +27,11 @@ def ls(as_json: options.Json = False) -> None:
 @app.command("show")
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A preset.", autocompletion=options.preset_names)],
-    recipe: Annotated[bool, typer.Option("--recipe", help="Also every setting that --set reaches.")] = False,
+    recipe: Annotated[bool, typer.Option("--recipe/--no-recipe", help="Every setting, as --set names it.")] = True,
     resolution: Annotated[int, typer.Option("--resolution", metavar="N", min=1, help="Images of the recipe.")] = 32,
     as_json: options.Json = False,
 ) -> None:
-    """Say what a preset is: the paper, the numbers, the command; with --recipe every setting."""
+    """Say what a preset is: the paper, the numbers, and every setting that --set reaches."""
     from cmtool.training import presets
 
     text = inspect.getdoc(presets.preset(name)) or ""

@@ -58,7 +58,11 @@ Config = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting of `cmtool presets show NAME --recipe`; repeatable."),
+    typer.Option("--set", metavar="NAME=VALUE", help="A setting of `cmtool presets show NAME`; repeatable."),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", metavar="W", help="Classifier-free guidance of the teacher, built into the student."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", "-n", help="Check everything, print the settings, start nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
@@ -139,9 +143,10 @@ def distill(
     dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    guidance: Guidance = None,
     as_json: options.Json = False,
 ) -> None:
-    """Distil a diffusion teacher into a consistency model.
+    """Distil a diffusion teacher into a model that takes one step or a few.
 
     Needs --teacher, --data and --preset, or a --config that names them.
     """

@@ -68,6 +68,7 @@ class Request:
     overwrite: bool
     as_json: bool
     teacher: Path | None = None
+    guidance: float | None = None
     distils: bool = False  # `distill` rather than `train`
 
 
@@ -94,8 +95,13 @@ def run(request: Request) -> None:
     from cmtool.training.presets import Shape
 
     # What can be wrong with the options is found before anything large is read.
-    draft = _recipe(request, earlier, Shape(), judge_network=False)
+    draft = _recipe(request, earlier, Shape(distils=request.distils), judge_network=False)
     _check_teacher(draft, settings["teacher"], request.distils)
+    if draft.objective.needs_first and not settings["init"]:
+        raise UsageError(
+            f"the preset {draft.preset} is a second stage, and there is no first to start from",
+            "add --init runs/first, a consistency model: of --preset ect or ict, for example",
+        )
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
@@ -104,8 +110,10 @@ def run(request: Request) -> None:
     data = open_data(**settings["data"])
     if teacher is not None:
         _check_data(data, teacher)
-    recipe = _recipe(request, earlier, _shape(data, init or teacher))
+    recipe = _recipe(request, earlier, _shape(data, init or teacher, request.distils))
     _check_network(recipe, teacher)
+    _check_guidance(recipe, teacher)
+    _check_pairs(recipe, data)
     _check_labels(data, recipe)
     config = _config(recipe, settings, data)
     if resumed:
@@ -201,14 +209,29 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
         recipe = spec.from_dict(_merged(spec.to_dict(recipe), stored), Recipe, KINDS, "recipe")
     if request.network is not None:
         recipe = dataclasses.replace(recipe, network=_network(request.network, recipe, shape))
+    if request.guidance is not None:
+        recipe = dataclasses.replace(recipe, objective=_guided(recipe, request.guidance))
     for text in request.set_ or ():
         path, equals, value = text.partition("=")
         if not equals:
-            raise UsageError(f"--set {text}: expected NAME=VALUE", f"see cmtool presets show {name} --recipe")
+            raise UsageError(f"--set {text}: expected NAME=VALUE", f"see cmtool presets show {name}")
         if path.startswith("network.") and not judge_network:
             continue
         recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
+    network: Any = recipe.network
+    if recipe.augment is not None and getattr(network, "augment_dim", None) == 0:
+        # augmented images are only told from real ones by a network that knows what was done
+        recipe = dataclasses.replace(recipe, network=dataclasses.replace(network, augment_dim=recipe.augment.dim))
     return _with_flags(recipe, request)
+
+
+def _guided(recipe: Recipe, scale: float) -> Any:
+    """The recipe's objective with a teacher that is guided."""
+    from cmtool.training.objectives import with_guidance
+
+    if not 0 <= scale < float("inf"):
+        raise UsageError(f"--guidance {scale:g}: a scale is 0 or more", "1 is no guidance; for example --guidance 2")
+    return with_guidance(recipe.objective, scale)
 
 
 def _network(size: str, recipe: Recipe, shape: Shape) -> Config:
@@ -268,12 +291,13 @@ def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset) -> dict[
     }
 
 
-def _shape(data: Dataset, start: FlowMap | None) -> Shape:
+def _shape(data: Dataset, start: FlowMap | None, distils: bool) -> Shape:
     """What data and starting weights fix of the recipe."""
     from cmtool.training.presets import Shape
 
     classes = len(data.class_names) if data.labels is not None else 0
-    shape = Shape(data.report.resolution, data.report.channels, classes)
+    paired = data.report.pairs is not None
+    shape = Shape(data.report.resolution, data.report.channels, classes, distils=distils, paired=paired)
     if start is None:
         return shape
     network: Any = start.network.config
@@ -292,7 +316,7 @@ def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: F
         class_names=data.class_names if classes == len(data.class_names) else (),
         teacher=settings["teacher"] or "",
         data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
-        licence=teacher.card.licence if teacher is not None else "",
+        licence=teacher.card.licence if teacher is not None else data.report.pairs.licence if data.report.pairs else "",
     )
 
 
@@ -322,11 +346,33 @@ def _check_network(recipe: Recipe, teacher: FlowMap | None) -> None:
     if teacher is None or not recipe.init_from_teacher:
         return
     config: Any = teacher.network.config
-    free = {name: getattr(recipe.network, name) for name in ("dropout", "label_dropout")}
+    names = ("dropout", "label_dropout", "two_times", "augment_dim")
+    free = {name: getattr(recipe.network, name) for name in names if hasattr(config, name)}
     if dataclasses.replace(config, **free) != recipe.network:
         raise UsageError(
             f"the preset {recipe.preset} starts as a copy of its teacher, and the recipe has another network",
             "leave out --set network...; the size is chosen when the teacher is trained",
+        )
+
+
+def _check_guidance(recipe: Recipe, teacher: FlowMap | None) -> None:
+    from cmtool.flow.flow_map import guided
+
+    if teacher is not None:
+        guided(teacher, recipe.objective.guidance)
+
+
+def _check_pairs(recipe: Recipe, data: Dataset) -> None:
+    if data.report.pairs is None:
+        return
+    if recipe.flip or recipe.augment is not None:
+        raise UsageError(
+            "the data holds pairs of an image and its noise: a mirrored or augmented image has another noise",
+            "add --set flip=false --set augment=none",
+        )
+    if getattr(recipe.objective, "pairs", None) is not None:
+        raise UsageError(
+            "the data holds pairs already, and the recipe solves its own", "add --set objective.pairs=none"
         )
 
 
@@ -386,13 +432,13 @@ def _backbone(recipe: Recipe, file: Path | None) -> Mapping[str, Tensor] | None:
     from cmtool.io.backbones import read_backbone
     from cmtool.training.distances import LPIPS, import_lpips
 
-    distance = recipe.objective.distance
-    if isinstance(distance, LPIPS):
+    wanted = [distance for distance in recipe.objective.distances if isinstance(distance, LPIPS)]
+    if wanted:
         import_lpips()
-        return read_backbone(distance.net, file)
+        return read_backbone(wanted[0].net, file)
     if file is not None:
         raise UsageError(
-            f"the preset {recipe.preset} compares by {distance.kind} and would ignore --lpips-backbone",
+            f"the preset {recipe.preset} does not compare by lpips and would ignore --lpips-backbone",
             "leave it out, or add --set objective.distance=lpips",
         )
     return None

@@ -1,7 +1,16 @@
 """How data is noised, how a network becomes an estimate, and the one model class built on both."""
 
-from cmtool.flow.flow_map import FlowMap, ModelCard
-from cmtool.flow.parameterization import EDM, BoundaryEDM, Coefficients, LogRatio, Parameterization, PathTime, Velocity
+from cmtool.flow.flow_map import FlowMap, ModelCard, guided, on_path
+from cmtool.flow.parameterization import (
+    EDM,
+    BoundaryEDM,
+    Coefficients,
+    LogRatio,
+    Parameterization,
+    PathTime,
+    Piecewise,
+    Velocity,
+)
 from cmtool.flow.path import VE, Linear, Path, Trig
 
 __all__ = [
@@ -16,6 +25,9 @@ __all__ = [
     "Parameterization",
     "Path",
     "PathTime",
+    "Piecewise",
     "Trig",
     "Velocity",
+    "guided",
+    "on_path",
 ]

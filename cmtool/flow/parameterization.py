@@ -40,8 +40,9 @@ class LogRatio:
     scale: float = 0.25
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
-        # The floor keeps t = 0 finite; it is the smallest offset that changes no float32 time above it.
-        return self.scale * torch.log(path.ratio(t) + 1e-44)
+        # The offset keeps t = 0 finite; it is the smallest that changes no float32 time above it. The ceiling does the
+        # same for pure noise, t = 1 of `Linear`, and is far above any ratio that carries information.
+        return self.scale * torch.log(path.ratio(t).clamp_max(1e6) + 1e-44)
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class BoundaryEDM(EDM):
     out = sigma_data (t - eps) / sqrt(sigma_data^2 + t^2) with eps = t_min (the shift is not inside the root).
 
     `denoised` is f itself. A jump to s in between follows the straight line from (t_min, f) to (t, x_t) in the path's
-    ratio, the exact solution of the deterministic view x' = (x - f) / t while f is constant: at s = t_min it is f and
-    at t = s = t_min it is x.
+    ratio, the exact solution of the deterministic view x' = (x - f) / (t - t_min) while f is constant: at s = t_min it
+    is f and at t = s = t_min it is x.
     """
 
     kind: ClassVar[str] = "boundary_edm"
@@ -125,6 +126,21 @@ class BoundaryEDM(EDM):
         keep = _gap(path, s) / _gap(path, t).clamp_min(torch.finfo(t.dtype).tiny)
         scale = (path.alpha(s) - path.alpha(t) * keep) / path.alpha(t.new_tensor(path.t_min))
         return Coefficients(keep + scale * skip, scale * out, inp)
+
+
+@dataclass(frozen=True)
+class Piecewise(BoundaryEDM):
+    """f(x, t) = F(x, t) for t > t_min, and x at t = t_min. Song et al. (2023), arXiv:2303.01469, eq. 4.
+
+    The boundary condition without skip connections: free, and not continuous at t_min, so it takes no derivative there.
+    """
+
+    kind: ClassVar[str] = "piecewise"
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        inside = (t > path.t_min).to(t.dtype)
+        root = (path.sigma(t) ** 2 + (path.alpha(t) * self.sigma_data) ** 2).sqrt()
+        return Coefficients(1 - inside, inside * path.alpha(t.new_tensor(path.t_min)), 1 / root)
 
 
 def _gap(path: Path, t: Tensor) -> Tensor:
@@ -160,5 +176,5 @@ class Velocity:
         return self.time_input(path, t)
 
 
-PARAMETERIZATIONS: dict[str, type] = {"edm": EDM, "boundary_edm": BoundaryEDM, "velocity": Velocity}
+PARAMETERIZATIONS: dict[str, type] = {p.kind: p for p in (EDM, BoundaryEDM, Piecewise, Velocity)}
 TIME_INPUTS: dict[str, type] = {"log_ratio": LogRatio, "path_time": PathTime}

@@ -7,7 +7,7 @@ once, in `Path`. Times grow with the noise, from `t_min` (data) to `t_max` (nois
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ class Path:
     """Base of all paths. Times are tensors of any shape; samples `[B, ...]` go with times `[B]`."""
 
     kind: ClassVar[str]
+    rho: ClassVar[float] = 1.0  # spacing of this path's usual grid, see `times.Karras`
     t_min: float
     t_max: float
 
@@ -81,6 +82,26 @@ class Path:
         keep = self.sigma(s) / self.sigma(t)
         return keep * x_t + (self.alpha(s) - self.alpha(t) * keep) * denoised
 
+    def implied(self, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """The estimate D that `transport` would have to hold fixed to land on x_s: its inverse, for s < t.
+
+        Progressive distillation's target, Salimans and Ho (2022), arXiv:2202.00512, appendix G, on any path.
+        """
+        t, s = expand(t, x_t), expand(s, x_t)
+        keep = self.sigma(s) / self.sigma(t)
+        return (x_s - keep * x_t) / (self.alpha(s) - self.alpha(t) * keep)
+
+    def like(self, other: Path) -> Path:
+        """This path with the ends of another: at the same noise-to-signal ratios."""
+        low, high = (
+            float(self.time(other.ratio(torch.tensor(t, dtype=torch.float64)))) for t in (other.t_min, other.t_max)
+        )
+        return replace(self, t_min=low, t_max=high)
+
+    def clamp(self, t: Tensor) -> Tensor:
+        """`t` held between the ends of the path."""
+        return t.clamp(self.t_min, self.t_max)
+
     def diffuse(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """Add noise from level s up to level t.
 
@@ -108,6 +129,7 @@ class VE(Path):
     """Variance exploding, x_t = x0 + t eps: the time is the noise level. Karras et al. (2022), arXiv:2206.00364."""
 
     kind: ClassVar[str] = "ve"
+    rho: ClassVar[float] = 7.0
     t_min: float = 0.002
     t_max: float = 80.0
 
@@ -161,7 +183,7 @@ class Trig(Path):
     sigma_data: float = 0.5
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(t)
+        return torch.cos(t).clamp_min(0)  # the float32 next to pi / 2 lies above it: a ratio must not turn negative
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_data * torch.sin(t)

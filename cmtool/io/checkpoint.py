@@ -39,14 +39,16 @@ def save(model: FlowMap, target: str | os.PathLike[str], *, dtype: torch.dtype |
     Args:
         model: its card is the header.
         target: the file; parent folders are made.
-        dtype: store floating-point weights in this type (bfloat16 halves the file); None keeps theirs.
+        dtype: store the parameters in this type (bfloat16 halves the file); None keeps theirs. Buffers are not weights:
+            the frequencies of a Fourier embedding, rounded, would tell the network another time.
     Raises:
         CheckpointError: if the file cannot be written.
     """
     import safetensors.torch
 
+    weights = {name for name, _ in model.network.named_parameters()}
     tensors = {
-        name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        name: (tensor.to(dtype) if dtype and name in weights else tensor).detach().cpu().contiguous()
         for name, tensor in model.network.state_dict().items()
     }
     described = {
@@ -147,7 +149,11 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
     path = Path(described["file"])
     found = described["card"].get("role")
     if role is not None and found != role:
-        what = {"denoiser": "a denoiser (a diffusion teacher)", "consistency": "a consistency model"}
+        what = {
+            "denoiser": "a denoiser (a diffusion teacher)",
+            "consistency": "a consistency model",
+            "flow_map": "a two-time model",
+        }
         raise CheckpointError(
             f"{path} is {what.get(found, found)}, and {what[role]} is needed",
             "a teacher is trained with `cmtool train --preset edm`"
@@ -161,7 +167,7 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
 
     from cmtool import networks
     from cmtool.flow.flow_map import FlowMap, ModelCard
-    from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Velocity
+    from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Piecewise, Velocity
     from cmtool.flow.path import PATHS, VE, Linear, Trig
 
     kinds = {**networks.CONFIGS, **PATHS, **PARAMETERIZATIONS, **TIME_INPUTS}
@@ -169,7 +175,7 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
         config = spec.from_dict(described["network"], networks.Config, kinds, "network")
         noising = spec.from_dict(described["path"], VE | Linear | Trig, kinds, "path")
         parameterization = spec.from_dict(
-            described["parameterization"], EDM | BoundaryEDM | Velocity, kinds, "parameterization"
+            described["parameterization"], EDM | BoundaryEDM | Piecewise | Velocity, kinds, "parameterization"
         )
         card = spec.from_dict(described["card"], ModelCard, kinds, "card")
     except ConfigError as error:
@@ -182,7 +188,9 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "get the file again") from error
     try:
-        if config.num_blocks > len(state):  # each block has weights: do not even try
+        if getattr(config, "num_blocks", getattr(config, "depth", 0)) > len(
+            state
+        ):  # each block has weights: do not even try
             raise ValueError("too many blocks")
         with torch.device("meta"):
             expected = networks.build(config).state_dict()

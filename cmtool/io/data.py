@@ -1,8 +1,9 @@
 """Data sets: many images from one place, in memory, all of one size, with a count of what was done to them.
 
-`open_data` reads the embedded digits, a folder, a zip or an array file. Nothing happens in silence: images are cropped
-and resized only on request, enlarged only on a second request, and files that cannot be read are dropped and counted.
-What does not fit the request is an error and not a loss, so that a data set never shrinks by a forgotten option.
+`open_data` reads the embedded digits, a folder, a zip, an array file, or pairs of images and noise. Nothing happens in
+silence: images are cropped and resized only on request, enlarged only on a second request, and files that cannot be
+read are dropped and counted. What does not fit the request is an error and not a loss, so that a data set never shrinks
+by a forgotten option.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cmtool import rng
 from cmtool.errors import DataError, UsageError, nearest
-from cmtool.io.images import UnreadableImageError, flatten, load, quiet_pillow, to_channels
+from cmtool.io.images import UnreadableImageError, flatten, load, quiet_pillow, to_channels, to_uint8
+from cmtool.io.pairs import About, Pairs, read_pairs
 from cmtool.io.sources import Source, memory_limit, open_source
 
 CROPS = ("center", "none")
@@ -46,7 +49,8 @@ class Report:
     """What became of a source: every image used, changed or dropped is counted here.
 
     `converted` counts by the mode of the file (Pillow's names: L, P, RGBA, I;16, ...), `dropped` by reason; `ignored`
-    are files that do not look like images by their name; `classes` holds the images used of each class.
+    are files that do not look like images by their name; `classes` holds the images used of each class; `pairs` says
+    how pairs were made, and is None for plain images.
     """
 
     source: str
@@ -63,12 +67,15 @@ class Report:
     first_bad: BadFile | None
     ignored: int
     classes: dict[str, int]
+    pairs: About | None = None
 
     def summary(self) -> str:
         """One line for people."""
         colours = "RGB" if self.channels == 3 else "grey"
-        parts = [f"{self.used:,} images, {self.resolution}x{self.resolution} {colours}"]
+        things = "pairs" if self.pairs else "images"
+        parts = [f"{self.used:,} {things}, {self.resolution}x{self.resolution} {colours}"]
         parts += [f"{len(self.classes)} classes"] if self.classes else []
+        parts += [self.pairs.summary()] if self.pairs else []
         if self.converted:
             modes = ", ".join(f"{count:,} {mode}" for mode, count in self.converted.items())
             parts.append(f"converted {sum(self.converted.values()):,} ({modes})")
@@ -82,29 +89,46 @@ class Report:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images in memory.
+    """Images in memory; with `seeds`, each is the end of an ODE that started from the noise of its seed.
 
-    images: uint8 [N, C, H, H]; labels: int64 [N] or None; class_names: one name a label, empty without labels.
+    images: uint8 [N, C, H, H], or of pairs float16 in [-1, 1]; labels: int64 [N] or None; class_names: one name a
+    label, empty without labels; seeds: int64 [N] of pairs, else None.
     """
 
     images: Tensor
     labels: Tensor | None
     class_names: tuple[str, ...]
     report: Report
+    seeds: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The images at `indices` (int64 [B]) as uint8 [B, C, H, H], and their labels, int64 [B] or None."""
-        return self.images[indices], None if self.labels is None else self.labels[indices]
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
+        """The images at `indices` (int64 [B]) and their labels, int64 [B] or None; of pairs also their noise.
+
+        Returns:
+            (images uint8 [B, C, H, H], labels), or of pairs (images float32 [B, C, H, H] in [-1, 1], labels, eps
+            float32 [B, C, H, H]); the ODE started from sigma(t_max) * eps.
+        """
+        images, labels = self.images[indices], None if self.labels is None else self.labels[indices]
+        if self.seeds is None:
+            return images, labels
+        return images.float(), labels, rng.noise(self.seeds[indices].tolist(), images.shape[1:])
+
+    @property
+    def pictures(self) -> Tensor:
+        """The images as uint8, whatever they are stored as."""
+        return self.images if self.images.dtype == torch.uint8 else to_uint8(self.images)
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the SHA-256 over shape, pixels and labels: equal if and only if the data is."""
+        """16 hexadecimal digits of the SHA-256 over shape, pixels, labels, seeds: equal if and only if the data is."""
         digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         for tensor in (self.images, self.labels):
             digest.update(b"-" if tensor is None else tensor.contiguous().numpy().data)
+        if self.seeds is not None:
+            digest.update(self.seeds.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 
@@ -113,7 +137,8 @@ class Inspection:
     """What a source holds, before anything is done to it.
 
     `count` images can be read; `sizes` ("WxH", upright), `modes` and `formats` count them. `resolution` is what
-    `open_data` gives without being asked for one, None if it would refuse; then `hint` says what to ask for.
+    `open_data` gives without being asked for one, None if it would refuse; then `hint` says what to ask for. `pairs`
+    says how pairs were made, and is None for plain images.
     """
 
     source: str
@@ -128,6 +153,7 @@ class Inspection:
     ignored: int
     resolution: int | None
     hint: str
+    pairs: About | None = None
 
 
 def open_data(
@@ -137,7 +163,7 @@ def open_data(
     crop: str = "center",
     resize: str = "box",
     upscale: bool = False,
-    channels: int = 3,
+    channels: int | None = None,
     limit: int | None = None,
 ) -> Dataset:
     """Read a data set into memory.
@@ -150,6 +176,8 @@ def open_data(
         that holds nothing but one folder is looked through, and is no class.
         `.npz` (images under images, x, arr_0 or data; labels, if any, under labels, y or arr_1) and `.npy`: uint8,
         [N, H, W], [N, H, W, C] or [N, C, H, W].
+        An `.npz` that `cmtool pairs` wrote (`io/pairs.py`): images with the noise that each was solved from. They are
+        taken as they are, for an image that is cut or resized no longer belongs to its noise.
 
     Args:
         source: as above.
@@ -158,7 +186,7 @@ def open_data(
         resize: the filter: "box", "bilinear", "bicubic" or "lanczos". "none" never resamples: "center" then cuts a
             window of `resolution` out of the middle.
         upscale: let images smaller than `resolution` be enlarged; refused otherwise.
-        channels: 3 for RGB, 1 for grey. Transparent parts are laid on black.
+        channels: 3 for RGB, 1 for grey; None: 3, or what pairs have. Transparent parts are laid on black.
         limit: read at most so many images, evenly spaced over the source.
     Raises:
         DataError: nothing usable, images that do not fit the request, labels that make no sense, too much data.
@@ -168,13 +196,17 @@ def open_data(
     for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
         if value not in known:
             raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
-    if channels not in (1, 3):
+    if channels not in (None, 1, 3):
         raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
     if resolution is not None and resolution < 1:
         raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
     if limit is not None and limit < 1:
         raise UsageError(f"cannot take {limit} images", "take at least 1")
 
+    pairs = read_pairs(str(source))
+    if pairs is not None:
+        return _paired(str(source), pairs, resolution, channels, limit)
+    channels = channels or 3
     with quiet_pillow(), open_source(str(source), resolution) as opened:
         chosen = opened.evenly(limit)
         plan = _Plan(resolution or _first_side(opened, chosen), crop, resize, upscale, channels, resolution is None)
@@ -210,6 +242,9 @@ def inspect_data(source: str | Path) -> Inspection:
     Raises:
         DataError: the source itself cannot be read, or holds no image file at all. Broken images are no error here.
     """
+    pairs = read_pairs(str(source))
+    if pairs is not None:
+        return _inspect_pairs(str(source), pairs)
     with quiet_pillow(), open_source(str(source)) as opened:
         tally = _in_chunks(range(len(opened.names)), lambda chunk: _survey(opened, chunk))
     sizes = [size for size, _ in tally.sizes.most_common()]
@@ -229,6 +264,68 @@ def inspect_data(source: str | Path) -> Inspection:
         resolution=sizes[0][0] if ready else None,
         hint=hint,
     )
+
+
+# Pairs.
+
+
+def _paired(source: str, pairs: Pairs, resolution: int | None, channels: int | None, limit: int | None) -> Dataset:
+    """All pairs, or `limit` of them evenly spaced, as they are."""
+    count, own_channels, side, _ = pairs.images.shape
+    for option, asked, own in (("resolution", resolution, side), ("channels", channels, own_channels)):
+        if asked not in (None, own):
+            raise DataError(
+                f"the pairs in {source!r} have {option} {own}; changed to {asked}, an image no longer belongs to its "
+                "noise",
+                f"leave out --{option}, or make pairs with another teacher",
+            )
+    chosen = slice(None) if limit is None or limit >= count else [k * count // limit for k in range(limit)]
+    labels = None if pairs.labels is None else torch.from_numpy(pairs.labels[chosen])
+    images, seeds = torch.from_numpy(pairs.images[chosen]), torch.from_numpy(pairs.seeds[chosen])
+    report = Report(
+        source=source,
+        used=len(images),
+        resolution=side,
+        channels=own_channels,
+        crop="none",
+        resize="none",
+        converted={},
+        cropped=0,
+        resized=0,
+        enlarged=0,
+        dropped={},
+        first_bad=None,
+        ignored=0,
+        classes=_count_classes(labels, pairs.about),
+        pairs=pairs.about,
+    )
+    return Dataset(images, labels, pairs.about.class_names, report, seeds)
+
+
+def _inspect_pairs(source: str, pairs: Pairs) -> Inspection:
+    count, channels, side, _ = pairs.images.shape
+    return Inspection(
+        source=source,
+        kind="pairs",
+        count=count,
+        sizes={f"{side}x{side}": count},
+        modes={"RGB" if channels == 3 else "L": count},
+        formats={"array": count},
+        classes=_count_classes(None if pairs.labels is None else torch.from_numpy(pairs.labels), pairs.about),
+        dropped={},
+        first_bad=None,
+        ignored=0,
+        resolution=side,
+        hint="",
+        pairs=pairs.about,
+    )
+
+
+def _count_classes(labels: Tensor | None, about: About) -> dict[str, int]:
+    if labels is None:
+        return {}
+    counts = labels.bincount(minlength=len(about.class_names)).tolist()
+    return dict(zip(about.class_names, counts, strict=True))
 
 
 # From files to pixels.

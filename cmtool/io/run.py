@@ -5,12 +5,16 @@ metrics.jsonl        one line a report
 samples/NNNNNNN.png  a grid from the average, always from the same seeds
 checkpoints/         step_NNNNNNN.pt, the state to continue from
 model.safetensors    the average weights
+averages/NAME/       where a run keeps several averages: step_NNNNNNN.safetensors, ordinary model files; of the kinds
+                     that others can be made of later, all of the stage and in float16, of the others the newest
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +23,9 @@ from cmtool.io import checkpoint
 from cmtool.io.files import write_atomic
 
 if TYPE_CHECKING:
+    import torch
+
+    from cmtool.flow.flow_map import FlowMap
     from cmtool.training.trainer import Trainer
 
 _KEEP = 2  # training states kept; each holds the model several times over
@@ -60,7 +67,7 @@ class RunFolder:
         """Make the folder, empty of any earlier run, and write its config; errors as `check`."""
         self.check(overwrite=overwrite)
         try:
-            for name in ("checkpoints", "samples"):
+            for name in ("averages", "checkpoints", "samples"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE):
                 (self.path / name).unlink(missing_ok=True)
@@ -85,7 +92,11 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl after `step`: a continued run writes them again."""
+        """Drop what was written after `step`, lines of metrics.jsonl and averages: a continued run writes it again."""
+        for files in self.averages().values():
+            for made, old in files.items():
+                if made > step:
+                    old.unlink()
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return
@@ -102,11 +113,25 @@ class RunFolder:
         """Where the sample grid of a step goes."""
         return self.path / "samples" / f"{step:07d}.png"
 
+    def averages(self) -> dict[str, dict[int, Path]]:
+        """The stored averages, name -> step -> model file, in rising order; none where a run keeps one average only."""
+        found: dict[str, dict[int, Path]] = {}
+        for file in (self.path / "averages").glob("*/step_*.safetensors"):
+            if made := re.fullmatch(r"step_(\d+)", file.stem):
+                found.setdefault(file.parent.name, {})[int(made[1])] = file
+        return {name: dict(sorted(files.items())) for name, files in sorted(found.items())}
+
     def save(self, trainer: Trainer) -> None:
-        """Write the average weights and the training state; older states are pruned after the new one is complete."""
+        """Write the average weights, then the training state; what is outdated goes when the new is complete."""
         import torch
 
-        checkpoint.save(trainer.average, self.path / checkpoint.MODEL_FILE)
+        first = trainer.average
+        checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
+        if len(trainer.averages) > 1:
+            for name, (rule, model) in trainer.averages.items():
+                model.card = replace(first.card, average=name)
+                file = self.path / "averages" / name / f"step_{trainer.step:07d}.safetensors"
+                checkpoint.save(model, file, dtype=_storage(model) if rule.post_hoc else None)
         folder = self.path / "checkpoints"
         try:
             write_atomic(folder / f"step_{trainer.step:07d}.pt", lambda file: torch.save(trainer.state_dict(), file))
@@ -117,6 +142,23 @@ class RunFolder:
             ) from error
         for old in self._states()[:-_KEEP]:
             old.unlink(missing_ok=True)
+        self._prune_averages(trainer)
+
+    def _prune_averages(self, trainer: Trainer) -> None:
+        """Keep the newest file of each average, and its whole series where others can be made of it later.
+
+        An average begins anew with each stage of a training, so a series does, too.
+        """
+
+        def stage(step: int) -> int:
+            return trainer.objective.stage((step - 1) / trainer.recipe.iterations)[0]
+
+        stored = self.averages()
+        for name, (rule, _) in trainer.averages.items():
+            for step, old in stored.get(name, {}).items():
+                in_series = rule.post_hoc and stage(step) == stage(trainer.step)
+                if step != trainer.step and not in_series:
+                    old.unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
         """The training states, the oldest first."""
@@ -146,6 +188,17 @@ class RunFolder:
                 f"the checkpoint {states[-1]} cannot be read", "delete it to continue from the one before"
             ) from error
         return state
+
+
+def _storage(model: FlowMap) -> torch.dtype | None:
+    """How snapshots that are all kept are stored: float16 wherever its range is enough, else as they are.
+
+    Its rounding errors, 2^-11 of a weight, are an eighth of bfloat16's, and sums of snapshots magnify them.
+    """
+    import torch
+
+    largest = max(float(parameter.detach().abs().max()) for parameter in model.parameters())
+    return torch.float16 if largest <= torch.finfo(torch.float16).max else None
 
 
 def read_config(path: Path) -> dict[str, Any]:

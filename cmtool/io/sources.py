@@ -28,6 +28,8 @@ _IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "arr_0", "data"), ("labels", "y", "ar
 _LABELS_FILE = "dataset.json"
 _LABELS_HINT = 'the form is {"labels": [["folder/image.png", 0], ...]}, or null for no labels'
 _COPY_HINT = "copy or download it again"
+_PLACES_HINT = "name a folder, a zip, an .npz or .npy file, or digits"
+_SAVE_HINT = "save it with numpy.save or numpy.savez as uint8"
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
         images, labels = digits(EMBEDDED[name], resolution or RESOLUTION)
         yield _from_array(name, "digits", images, labels.tolist(), CLASS_NAMES)
         return
+    if not name:  # a Path would take it for the current folder
+        raise DataError("expected image data, found an empty name", _PLACES_HINT)
     path = Path(name)
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:
         close = nearest(name, EMBEDDED)
-        hint = close if close.startswith("did") else "name a folder, a zip, an .npz or .npy file, or digits"
+        hint = close if close.startswith("did") else _PLACES_HINT
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise DataError(f"expected image data in {name!r}, found: {reason}", hint) from None
     if is_folder:
@@ -92,7 +96,7 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
     elif path.suffix.lower() in (".npz", ".npy"):
         yield _from_arrays_file(name, path)
     elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        with _undamaged(name):
+        with undamaged(name):
             archive = zipfile.ZipFile(path)
         with archive:
             yield _from_zip(name, archive)
@@ -265,16 +269,18 @@ def _from_array(
 def _from_arrays_file(source: str, path: Path) -> Source:
     images: Any
     labels: Any = None
-    with _undamaged(source), open(path, "rb") as file:  # numpy forgets to close a damaged .npz that it opened itself
-        zipped = file.read(2) == b"PK"
+    with undamaged(source), open(path, "rb") as file:  # numpy forgets to close a damaged .npz that it opened itself
+        start = file.read(6)
         file.seek(0)
-        if not zipped:
+        if not start:
+            raise DataError(f"expected arrays in {source!r}, found an empty file", _COPY_HINT)
+        if start[:2] != b"PK" and start != b"\x93NUMPY":
+            raise DataError(f"expected arrays in {source!r}, found neither an .npz nor an .npy file", _SAVE_HINT)
+        if start[:2] != b"PK":
             kind, images = "npy", np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             with np.load(file, allow_pickle=False) as content:
-                size = sum(info.file_size for info in content.zip.infolist())
-                if size > memory_limit():
-                    raise DataError(f"{source!r} unpacks to {size / 2**30:.1f} GiB", "split it")
+                check_unpacked(content.zip, source)
                 image_key = next((key for key in _IMAGE_KEYS if key in content), None)
                 label_key = next((key for key in _LABEL_KEYS if key in content), None)
                 if image_key is None:
@@ -288,7 +294,7 @@ def _from_arrays_file(source: str, path: Path) -> Source:
     if getattr(labels, "shape", None) == (len(images), 1):
         labels = labels[:, 0]
     if getattr(labels, "shape", None) != (len(images),) or labels.dtype.kind not in "iu":
-        message = f"expected {len(images):,} whole numbers as labels in {source!r}, found {_describe(labels)}"
+        message = f"expected {len(images):,} whole numbers as labels in {source!r}, found {describe(labels)}"
         raise DataError(message, "for one-hot labels save labels.argmax(1)")
     labels = labels.tolist()
     return _from_array(source, kind, images, labels, _numbered_classes(labels, repr(source)))
@@ -296,8 +302,10 @@ def _from_arrays_file(source: str, path: Path) -> Source:
 
 def _channels_last(images: Any, source: str) -> NDArray[np.uint8]:
     """Images as [N, H, W] or [N, H, W, 3], whichever way round they were stored."""
-    found = f"in {source!r}, found {_describe(images)}"
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+    found = f"in {source!r}, found {describe(images)}"
+    if not isinstance(images, np.ndarray):
+        raise DataError(f"expected images {found}", _SAVE_HINT)
+    if images.dtype != np.uint8:
         hint = "for values from 0 to 1 save (255 * x).round().astype('uint8')"
         raise DataError(f"expected uint8 images {found}", hint)
     if images.ndim not in (3, 4) or 0 in images.shape:
@@ -313,13 +321,30 @@ def _channels_last(images: Any, source: str) -> NDArray[np.uint8]:
     return images[..., 0] if images.shape[-1] == 1 else images
 
 
-def _describe(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+def check_unpacked(archive: zipfile.ZipFile, source: str) -> None:
+    """Refuse an archive of arrays that does not fit into memory.
+
+    Raises:
+        DataError: its members add up to more than `memory_limit`.
+    """
+    size = sum(info.file_size for info in archive.infolist())
+    if size > memory_limit():
+        raise DataError(f"{source!r} unpacks to {size / 2**30:.1f} GiB", "split it")
+
+
+def describe(value: Any) -> str:
+    """What an entry of an .npz is, in a few words; None is one that is not there."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {list(value.shape)}"
+    return "none" if value is None else "bytes that are no array"
 
 
 @contextlib.contextmanager
-def _undamaged(source: str) -> Iterator[None]:
-    """zipfile and numpy answer bad bytes with a dozen kinds of exception; only calls to them belong inside."""
+def undamaged(source: str) -> Iterator[None]:
+    """Turn what goes wrong inside into a DataError about `source`.
+
+    zipfile and numpy answer bad bytes with a dozen kinds of exception; only calls to them belong inside.
+    """
     try:
         yield
     except DataError:
@@ -327,7 +352,9 @@ def _undamaged(source: str) -> Iterator[None]:
     except Exception as error:
         if "pickle" in str(error).lower() or "Python objects" in str(error):  # numpy takes unknown bytes for a pickle
             message = f"expected plain arrays in {source!r}, found pickled objects or none at all"
-            raise DataError(message, "save it with numpy.save or numpy.savez as uint8") from error
+            raise DataError(message, _SAVE_HINT) from error
         reason = str(error) or type(error).__name__
-        message = f"{source!r} is damaged or cut off: {reason[:1].lower()}{reason[1:]}"
+        if reason[1:2].islower():  # a sentence, not EOF
+            reason = reason[0].lower() + reason[1:]
+        message = f"{source!r} is damaged or cut off: {reason}"
         raise DataError(message, _COPY_HINT) from error

@@ -1,25 +1,27 @@
-"""Network architectures: plain functions of (x, noise, labels, augment) that know nothing of diffusion.
+"""Network architectures: plain functions of (x, noise, labels, augment, gap) that know nothing of diffusion.
 
-`NETWORKS` names every architecture by the `kind` of its config; `build` makes the module. Importing this package does
-not import torch: only `build` does.
+`NETWORKS` names every architecture by the `kind` of its config; `build` makes the module and `load_start` gives it the
+weights of another to start from. Importing this package does not import torch: only `build` does.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cmtool.networks.configs import SIZES, ADMConfig, Config, DDPMppConfig
+from cmtool.networks.configs import SIZES, ADMConfig, Config, DDPMppConfig, MLPConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["CONFIGS", "NETWORKS", "SIZES", "ADMConfig", "Config", "DDPMppConfig", "build"]
+__all__ = ["CONFIGS", "NETWORKS", "SIZES", "ADMConfig", "Config", "DDPMppConfig", "MLPConfig", "build", "load_start"]
 
 # kind -> (config class, module and class that read it)
 NETWORKS: dict[str, tuple[type, str, str]] = {
     "ddpmpp": (DDPMppConfig, "ddpmpp", "DDPMpp"),
     "adm": (ADMConfig, "adm", "ADM"),
+    "mlp": (MLPConfig, "mlp", "MLP"),
 }
 CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in NETWORKS.items()}
 
@@ -35,3 +37,20 @@ def build(config: Config) -> nn.Module:
     _, module, name = NETWORKS[config.kind]
     network: nn.Module = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
     return network
+
+
+def load_start(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy the weights of another network that this one starts as.
+
+    The layers of the gap and of the augmentation vector may be missing in `state`: they become zero, so that the
+    network is the other one at every gap and for every vector. Everything else must fit.
+
+    Args:
+        network: one that `build` made; changed in place.
+        state: the other network's state dict, with or without two times.
+    Raises:
+        RuntimeError: entries that are missing, have another shape or are not part of the network.
+    """
+    own = network.state_dict()
+    extra = [name for name in own if name.startswith(("map_gap.", "map_augment.")) and name not in state]
+    network.load_state_dict({**state, **{name: own[name].new_zeros(own[name].shape) for name in extra}})

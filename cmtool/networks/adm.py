@@ -14,8 +14,10 @@ from cmtool.networks.layers import (
     Conv2d,
     GroupNorm,
     Linear,
+    MapGap,
     Resample,
     attend,
+    drop,
     look_up,
     noise_features,
     prepare,
@@ -36,6 +38,7 @@ class ADM(nn.Module):
             {"0": Linear(config.channels, emb_channels), "2": Linear(emb_channels, emb_channels)}
         )
         self.label_emb = nn.Embedding(config.num_classes, emb_channels) if config.num_classes else None
+        self.map_gap = MapGap(config.channels, emb_channels) if config.two_times else None
 
         width = widths[0]
         self.input_blocks = nn.ModuleList([nn.ModuleList([Conv2d(config.in_channels, width, 3)])])
@@ -72,16 +75,25 @@ class ADM(nn.Module):
 
         self.out = nn.ModuleDict({"0": _norm(config, width), "2": _zero(Conv2d(width, config.out_channels, 3))})
 
-    def embed(self, noise: Tensor, labels: Tensor | None) -> Tensor:
-        """Noise level and label as one vector: [B, 4 * channels]."""
+    def embed(self, noise: Tensor, labels: Tensor | None, gap: Tensor) -> Tensor:
+        """Noise level, label and gap as one vector: [B, 4 * channels]."""
         emb = noise_features(noise, self.config.channels, endpoint=False)
         emb = self.time_embed["2"](F.silu(self.time_embed["0"](emb)))
         if self.label_emb is not None:
             hidden = self.config.label_dropout if self.training else 0.0
             emb = emb + look_up(self.label_emb.weight.to(emb.dtype), labels, len(emb), hidden)
+        if self.map_gap is not None:
+            emb = emb + self.map_gap(gap)
         return emb
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+        gap: Tensor | None = None,
+    ) -> Tensor:
         """The raw network.
 
         Args:
@@ -89,13 +101,20 @@ class ADM(nn.Module):
             noise: what the network is told about the noise level, [B], float32.
             labels: [B] whole numbers, negative for no label; None for no labels at all.
             augment: must be None: this architecture takes no augmentation vector.
+            gap: how far the jump goes, in units of `noise`, [B], float32, of order one; or None for zeros.
         Returns:
             [B, out_channels, resolution, resolution] in the type of `x`.
         Raises:
             ValueError: inputs that this network does not take.
         """
-        x, noise = prepare(x, noise, labels, augment, self.config.num_classes, 0)
-        emb = F.silu(self.embed(noise, labels)).to(x.dtype)
+        config = self.config
+        x, noise, gap = prepare(
+            *(x, noise, labels, augment, gap),
+            num_classes=config.num_classes,
+            augment_dim=0,
+            two_times=config.two_times,
+        )
+        emb = F.silu(self.embed(noise, labels, gap)).to(x.dtype)
         skips: list[Tensor] = []
         for block in self.input_blocks:
             x = _run(block, x, emb)
@@ -132,7 +151,7 @@ class ResBlock(nn.Module):
             h = self.out_layers["0"](h, (scale, shift), silu=True)
         else:
             h = self.out_layers["0"](h + emb[:, :, None, None], silu=True)
-        h = self.out_layers["3"](F.dropout(h, self.dropout, self.training))
+        h = self.out_layers["3"](drop(h, self.dropout if self.training else 0.0))
         return h + (x if self.skip_connection is None else self.skip_connection(x))
 
 

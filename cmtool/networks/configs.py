@@ -33,6 +33,7 @@ class DDPMppConfig:
         encoder: "standard" (DDPM++) or "residual" (NCSN++: every level sees the downsampled image).
         decoder: "standard" in both.
         resample_filter: taps of the separable filter for resampling by 2; (1, 1) or (1, 3, 3, 1).
+        two_times: take a second time input, the gap of a jump.
     Raises:
         ValueError: values that cannot be built.
     """
@@ -56,15 +57,15 @@ class DDPMppConfig:
     encoder: Encoder = "standard"
     decoder: Decoder = "standard"
     resample_filter: tuple[int, ...] = (1, 1)
+    two_times: bool = False
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        _check_inputs(self)
+        _check_levels(self)
         _check_choice("embedding", self.embedding, Embedding)
         _check_choice("encoder", self.encoder, Encoder)
         _check_choice("decoder", self.decoder, Decoder)
         _check_positive(self, "channel_mult_emb", "channel_mult_noise")
-        if self.augment_dim < 0:
-            raise ValueError(f"augment_dim is {self.augment_dim}: 0 means none")
         taps = self.resample_filter
         if len(taps) < 2 or len(taps) % 2 or taps != taps[::-1] or sum(taps) <= 0:
             raise ValueError(f"resample_filter {taps} is not an even number of symmetric taps with a positive sum")
@@ -75,8 +76,8 @@ class ADMConfig:
     """The U-Net of Dhariwal & Nichol (2021), arXiv:2105.05233, as released with Song et al. (2023), arXiv:2303.01469.
 
     Args:
-        resolution, in_channels, out_channels, num_classes, dropout, label_dropout, channels, channel_mult: see
-            `DDPMppConfig`.
+        resolution, in_channels, out_channels, num_classes, dropout, label_dropout, channels, channel_mult, two_times:
+            see `DDPMppConfig`.
         num_blocks: residual blocks a level in the encoder; the decoder has one more.
         attention_resolutions: levels with self-attention, as resolutions. The middle block always has attention.
         head_channels: channels of one attention head; 0 to give `num_heads` instead.
@@ -106,9 +107,11 @@ class ADMConfig:
     dropout: float = 0.0
     label_dropout: float = 0.0
     group_channels: int = 1
+    two_times: bool = False
 
     def __post_init__(self) -> None:
-        _check_common(self)
+        _check_inputs(self)
+        _check_levels(self)
         _check_positive(self, "group_channels")
         if self.head_channels < 0 or (self.head_channels == 0 and self.num_heads < 1):
             raise ValueError("attention needs head_channels or, with head_channels 0, a positive num_heads")
@@ -126,7 +129,45 @@ class ADMConfig:
                     )
 
 
-Config = DDPMppConfig | ADMConfig
+@dataclass(frozen=True)
+class MLPConfig:
+    """A residual multi-layer perceptron for small vectors: toy densities and tests.
+
+    Args:
+        resolution, in_channels, out_channels, num_classes, augment_dim, dropout, label_dropout, two_times: see
+            `DDPMppConfig`. A vector is an image of one pixel.
+        width: of every hidden layer.
+        depth: number of residual blocks.
+    Raises:
+        ValueError: values that cannot be built.
+    """
+
+    kind: ClassVar[str] = "mlp"
+
+    resolution: int = 1
+    in_channels: int = 2
+    out_channels: int = 2
+    num_classes: int = 0
+    augment_dim: int = 0
+    width: int = 128
+    depth: int = 4
+    dropout: float = 0.0
+    label_dropout: float = 0.0
+    two_times: bool = False
+
+    def __post_init__(self) -> None:
+        _check_inputs(self)
+        _check_positive(self, "width", "depth")
+        if self.width % 4:
+            raise ValueError(f"width is {self.width}: it must be a multiple of 4")
+
+    @property
+    def num_blocks(self) -> int:
+        """`depth`, under the name it has in the other configurations."""
+        return self.depth
+
+
+Config = DDPMppConfig | ADMConfig | MLPConfig
 
 
 def level_resolutions(resolution: int, channel_mult: tuple[int, ...]) -> tuple[int, ...]:
@@ -145,8 +186,21 @@ def _check_positive(config: Config, *names: str) -> None:
             raise ValueError(f"{name} is {getattr(config, name)}: it must be at least 1")
 
 
-def _check_common(config: Config) -> None:
-    _check_positive(config, "resolution", "in_channels", "out_channels", "channels", "num_blocks")
+def _check_inputs(config: Config) -> None:
+    _check_positive(config, "resolution", "in_channels", "out_channels")
+    if config.num_classes < 0:
+        raise ValueError(f"num_classes is {config.num_classes}: 0 means no labels")
+    if not isinstance(config, ADMConfig) and config.augment_dim < 0:
+        raise ValueError(f"augment_dim is {config.augment_dim}: 0 means none")
+    for name in ("dropout", "label_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: it must lie in [0, 1)")
+    if config.label_dropout and not config.num_classes:
+        raise ValueError("label_dropout needs labels: num_classes is 0")
+
+
+def _check_levels(config: DDPMppConfig | ADMConfig) -> None:
+    _check_positive(config, "channels", "num_blocks")
     if config.channels % 4:
         raise ValueError(f"channels is {config.channels}: it must be a multiple of 4")
     if not config.channel_mult or min(config.channel_mult) < 1:
@@ -165,13 +219,6 @@ def _check_common(config: Config) -> None:
             raise ValueError(
                 f"attention resolution {resolution} is never reached: the levels work at {', '.join(map(str, reached))}"
             )
-    if config.num_classes < 0:
-        raise ValueError(f"num_classes is {config.num_classes}: 0 means no labels")
-    for name in ("dropout", "label_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must lie in [0, 1)")
-    if config.label_dropout and not config.num_classes:
-        raise ValueError("label_dropout needs labels: num_classes is 0")
 
 
 def tiny(resolution: int = 16, channels: int = 3, num_classes: int = 0) -> DDPMppConfig:

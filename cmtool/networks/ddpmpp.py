@@ -14,7 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import DDPMppConfig, level_resolutions
-from cmtool.networks.layers import Conv2d, GroupNorm, Linear, Resample, attend, look_up, noise_features, prepare
+from cmtool.networks.layers import (
+    Conv2d,
+    GroupNorm,
+    Linear,
+    MapGap,
+    Resample,
+    attend,
+    drop,
+    look_up,
+    noise_features,
+    prepare,
+)
 
 Layer = TypeVar("Layer", bound=Linear | Conv2d)
 
@@ -36,6 +47,7 @@ class DDPMpp(nn.Module):
         self.map_noise = Fourier(noise_channels) if config.embedding == "fourier" else None
         self.map_label = _init(Linear(config.num_classes, noise_channels)) if config.num_classes else None
         self.map_augment = _init(Linear(config.augment_dim, noise_channels, bias=False)) if config.augment_dim else None
+        self.map_gap = MapGap(noise_channels, noise_channels) if config.two_times else None
         self.map_layer0 = _init(Linear(noise_channels, emb_channels))
         self.map_layer1 = _init(Linear(emb_channels, emb_channels))
 
@@ -77,7 +89,7 @@ class DDPMpp(nn.Module):
         self.dec[f"{name}_aux_conv"] = _init(Conv2d(width, config.out_channels, 3), gain=1e-5)
         self.register_load_state_dict_pre_hook(_drop_filters)
 
-    def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+    def embed(self, noise: Tensor, labels: Tensor | None, augment: Tensor | None, gap: Tensor) -> Tensor:
         """Everything that is not the image, as one vector: [B, channels * channel_mult_emb]."""
         count = self.map_layer0.in_features
         features = noise_features(noise, count, endpoint=True) if self.map_noise is None else self.map_noise(noise)
@@ -89,9 +101,18 @@ class DDPMpp(nn.Module):
             emb = emb + look_up(table, labels, len(emb), hidden) + self.map_label.bias.to(emb.dtype)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
+        if self.map_gap is not None:
+            emb = emb + self.map_gap(gap)
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x: Tensor, noise: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        augment: Tensor | None = None,
+        gap: Tensor | None = None,
+    ) -> Tensor:
         """The raw network.
 
         Args:
@@ -99,13 +120,20 @@ class DDPMpp(nn.Module):
             noise: what the network is told about the noise level, [B], float32.
             labels: [B] whole numbers, negative for no label; None for no labels at all.
             augment: [B, augment_dim], or None for zeros.
+            gap: how far the jump goes, in units of `noise`, [B], float32, of order one; or None for zeros.
         Returns:
             [B, out_channels, resolution, resolution] in the type of `x`.
         Raises:
             ValueError: inputs that this network does not take.
         """
-        x, noise = prepare(x, noise, labels, augment, self.config.num_classes, self.config.augment_dim)
-        emb = self.embed(noise, labels, augment).to(x.dtype)
+        config = self.config
+        x, noise, gap = prepare(
+            *(x, noise, labels, augment, gap),
+            num_classes=config.num_classes,
+            augment_dim=config.augment_dim,
+            two_times=config.two_times,
+        )
+        emb = self.embed(noise, labels, augment, gap).to(x.dtype)
         aux = x
         skips: list[Tensor] = []
         for name, layer in self.enc.items():
@@ -150,7 +178,7 @@ class Block(nn.Module):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv0(h) + self.affine(emb)[:, :, None, None]
-        h = F.dropout(self.norm1(h, silu=True), self.dropout, self.training)
+        h = drop(self.norm1(h, silu=True), self.dropout if self.training else 0.0)
         h = self.conv1(h, gain=HALF)
         x = torch.add(h, x, alpha=HALF) if self.skip is None else h + self.skip(x, gain=HALF)
         if self.attention:

@@ -215,6 +215,18 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
+def drop(x: Tensor, share: float) -> Tensor:
+    """Dropout: a `share` of the entries zero, the others scaled up.
+
+    The same entries under the same seed whether or not a forward-mode derivative is taken along, which torch's own does
+    not promise: its kernels there draw in another order.
+    """
+    if not share:
+        return x
+    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - share)
+    return x * kept * (1 / (1 - share))
+
+
 def noise_features(noise: Tensor, count: int, *, endpoint: bool) -> Tensor:
     """Cosines, then sines, of the noise at `count` / 2 frequencies from 1 down to 1/10000: [B] to [B, count].
 
@@ -224,6 +236,34 @@ def noise_features(noise: Tensor, count: int, *, endpoint: bool) -> Tensor:
     steps = torch.arange(half, dtype=torch.float32, device=noise.device) / (half - endpoint)
     angles = noise[:, None] * torch.exp(-math.log(10000) * steps).to(noise.dtype)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def unit_features(value: Tensor, count: int) -> Tensor:
+    """Cosines, then sines, of a number of order one at `count` / 2 frequencies from 1/4 to 16: [B] to [B, count].
+
+    The lowest tells all numbers up to 25 apart, and at the highest 1/128 is an angle of 1/8, which is still easy to
+    tell from 0. There is nothing above, because the derivative of a feature is as large as its frequency.
+    """
+    frequencies = torch.linspace(-2, 4, count // 2, device=value.device).exp2()
+    angles = value[:, None] * frequencies.to(value.dtype)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class MapGap(Linear):
+    """What a network is told about the length of a jump: [B] to [B, out_features], zero before training.
+
+    The features of gap 0 are ones and zeros, not all zeros: the weights may also learn a constant, which the diagonal
+    sees too. So a gap that is not given is a gap of zeros, never a term left out. The sines keep a slope at 0.
+    """
+
+    def __init__(self, count: int, out_features: int) -> None:
+        super().__init__(count, out_features, bias=False)
+
+    def reset_parameters(self) -> None:  # draws no random numbers: the rest starts as it would without this layer
+        nn.init.zeros_(self.weight)
+
+    def forward(self, gap: Tensor) -> Tensor:
+        return super().forward(unit_features(gap, self.in_features))
 
 
 def look_up(table: Tensor, labels: Tensor | None, batch: int, hidden: float = 0.0) -> Tensor:
@@ -241,12 +281,21 @@ def look_up(table: Tensor, labels: Tensor | None, batch: int, hidden: float = 0.
 
 
 def prepare(
-    x: Tensor, noise: Tensor, labels: Tensor | None, augment: Tensor | None, num_classes: int, augment_dim: int
-) -> tuple[Tensor, Tensor]:
-    """The inputs of a network, checked; x laid out for speed, the noise in float32 or better.
+    x: Tensor,
+    noise: Tensor,
+    labels: Tensor | None,
+    augment: Tensor | None,
+    gap: Tensor | None,
+    *,
+    num_classes: int,
+    augment_dim: int,
+    two_times: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs of a network, checked; x laid out for speed, the noise and the gap (or zeros) in float32 or better.
 
     Raises:
-        ValueError: labels, an augmentation vector or a noise of the wrong shape or type, or for a network without them.
+        ValueError: labels, an augmentation vector, a noise or a gap of the wrong shape or type, or for a network
+            without them.
     """
     batch = x.shape[0]
     if noise.shape != (batch,):
@@ -258,6 +307,13 @@ def prepare(
             raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, not whole numbers of shape ({batch},)")
     if augment is not None and (not augment_dim or augment.shape != (batch, augment_dim)):
         raise ValueError(f"augment has shape {tuple(augment.shape)}; this network takes {augment_dim or 'no'} entries")
+    if gap is None:
+        gap = torch.zeros_like(noise)
+    elif not two_times:
+        raise ValueError("a gap was given to a network without two_times")
+    elif gap.shape != (batch,):
+        raise ValueError(f"gap has shape {tuple(gap.shape)}, not ({batch},)")
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, noise.to(torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x, noise.to(wide), gap.to(wide)

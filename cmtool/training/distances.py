@@ -1,5 +1,8 @@
 """Distances d(a, b) between two batches of images; one number a sample.
 
+Each also has the form it takes for neighbours, `metric(a, u)`: the leading term of d(a, a + h u) as h goes to 0, which
+is u^T G(a) u / 2 with the Hessian G of the smooth ones. Continuous-time consistency models are trained by it.
+
 `L1`, `L2` and `PseudoHuber` are stateless. `LPIPS` needs a pretrained trunk: its config says which, `build` makes the
 module from weights the caller has already read, so that a missing file is found before anything else starts.
 """
@@ -8,15 +11,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Distance = Callable[[Tensor, Tensor], Tensor]
+
+class Distance(Protocol):
+    """(a, b) [B, C, H, W] each -> [B]; and its form for neighbours."""
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def metric(self, a: Tensor, u: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,9 @@ class L1:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         return (a - b).abs().flatten(1).mean(1)
+
+    def metric(self, a: Tensor, u: Tensor) -> Tensor:
+        return u.abs().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,9 @@ class L2:
         if self.resize is not None:
             a, b = (F.interpolate(x, size=self.resize, mode="bilinear") for x in (a, b))
         return (a - b).square().flatten(1).mean(1)
+
+    def metric(self, a: Tensor, u: Tensor) -> Tensor:
+        return self(u, torch.zeros_like(u))
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,14 @@ class PseudoHuber:
             raise ValueError(f"c must be positive, found {self.c}")
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        c = 0.00054 * math.sqrt(a[0].numel()) if self.c is None else self.c
+        c = self._crossover(a)
         return ((a - b).square().flatten(1).sum(1) + c * c).sqrt() - c
+
+    def metric(self, a: Tensor, u: Tensor) -> Tensor:
+        return u.square().flatten(1).sum(1) / (2 * self._crossover(a))
+
+    def _crossover(self, a: Tensor) -> float:
+        return 0.00054 * math.sqrt(a[0].numel()) if self.c is None else self.c
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,21 @@ class LPIPSModule(nn.Module):
         if a.shape[-1] < 256:
             a, b = (F.interpolate(x, size=224, mode="bilinear") for x in (a, b))
         return self.model(a, b).flatten()
+
+    def metric(self, a: Tensor, u: Tensor) -> Tensor:
+        # Squared differences of features, so the leading term is that of the features' derivative along u.
+        changes = torch.func.jvp(self._features, (a,), (u,))[1]
+        weighed = (lin(change.square()) for lin, change in zip(self.model.lins, changes, strict=True))
+        return torch.stack([layer.mean((1, 2, 3)) for layer in weighed]).sum(0)
+
+    def _features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The normalised features that `forward` compares."""
+        if x.shape[-1] < 256:
+            x = F.interpolate(x, size=224, mode="bilinear")
+        layers = self.model.net(self.model.scaling_layer(x))
+        # The root of a sum of squares has no slope at 0, where every feature of a pixel is dead: a floor far below any
+        # live one.
+        return tuple(layer * (layer.square().sum(1, keepdim=True) + 1e-20).rsqrt() for layer in layers)
 
     def train(self, mode: bool = True) -> LPIPSModule:
         """Stays in evaluation mode: its dropout would make the distance random."""
@@ -145,4 +182,5 @@ def build(distance: Any, backbone: Mapping[str, Tensor] | None) -> Distance:
     return chosen
 
 
-DISTANCES: dict[str, type] = {d.kind: d for d in (L1, L2, PseudoHuber, LPIPS)}
+AnyDistance = L1 | L2 | PseudoHuber | LPIPS
+DISTANCES: dict[str, type] = {distance.kind: distance for distance in get_args(AnyDistance)}

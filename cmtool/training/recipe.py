@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cmtool.flow.flow_map import Role
-from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Velocity
+from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Piecewise, Velocity
 from cmtool.flow.path import PATHS, VE, Linear, Trig
-from cmtool.networks import CONFIGS
-from cmtool.networks.configs import ADMConfig, DDPMppConfig
+from cmtool.networks import CONFIGS, Config
 from cmtool.solvers import SOLVERS
-from cmtool.times import CURRICULA, GRIDS, TIME_SAMPLERS
-from cmtool.training.average import AVERAGES, Exponential, HalfLife
+from cmtool.times import CURRICULA, GRIDS, INDEX_LAWS, TIME_SAMPLERS
+from cmtool.training.augment import Augment
+from cmtool.training.average import AVERAGES, Exponential, HalfLife, Power
 from cmtool.training.distances import DISTANCES
-from cmtool.training.objectives import OBJECTIVES, Consistency, Denoising
+from cmtool.training.objectives import OBJECTIVES, AnyObjective
+from cmtool.training.tangents import BALANCES, LIMITS
 from cmtool.training.targets import TARGETS
 from cmtool.training.trajectory import TRAJECTORIES
 from cmtool.training.weights import WEIGHTS
@@ -56,16 +57,17 @@ class Recipe:
 
     preset: str
     role: Role
-    objective: Denoising | Consistency
-    network: DDPMppConfig | ADMConfig
+    objective: AnyObjective
+    network: Config
     path: VE | Linear | Trig = field(default_factory=VE)
-    parameterization: EDM | BoundaryEDM | Velocity = field(default_factory=BoundaryEDM)
+    parameterization: EDM | BoundaryEDM | Piecewise | Velocity = field(default_factory=BoundaryEDM)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    averages: tuple[Exponential | HalfLife, ...] = (Exponential(),)
+    averages: tuple[Exponential | HalfLife | Power, ...] = (Exponential(),)
     init_from_teacher: bool = False
     iterations: int = 10_000
     batch: int = 512
     flip: bool = False  # mirror half of the images
+    augment: Augment | None = None  # Karras et al.'s pipe; the network needs its augmentation vector
     two_step: float | None = None  # the second time point of two-step sampling, recommended in the model's file
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ KINDS: dict[str, type[Any]] = {
     **TIME_INPUTS,
     **GRIDS,
     **CURRICULA,
+    **INDEX_LAWS,
     **TIME_SAMPLERS,
     **DISTANCES,
     **WEIGHTS,
@@ -91,7 +94,10 @@ KINDS: dict[str, type[Any]] = {
     **TRAJECTORIES,
     **SOLVERS,
     **OBJECTIVES,
+    **LIMITS,
+    **BALANCES,
     **AVERAGES,
+    Augment.kind: Augment,
     Optimizer.kind: Optimizer,
     **CONFIGS,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, get_args
 
 
 class TargetRule(Protocol):
@@ -67,4 +67,23 @@ class AdaptiveAverage:
         return math.exp(self.s0 * math.log(self.mu0) / (num if self.rule == "paper" else num - 1))
 
 
-TARGETS: dict[str, type] = {t.kind: t for t in (Online, MovingAverage, AdaptiveAverage)}
+@dataclass(frozen=True)
+class Truncated:
+    """Online for neighbours at noise-to-signal ratios from `at` on; below it a frozen first stage answers.
+
+    So the network need not be a consistency model where it is never asked. Lee et al. (2024), arXiv:2410.14895: at = 1.
+    """
+
+    kind: ClassVar[str] = "truncated"
+    at: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.at > 0:
+            raise ValueError(f"the truncation lies at a positive noise-to-signal ratio, found at={self.at}")
+
+    def decay(self, progress: float, num: int) -> float:
+        return 0.0
+
+
+AnyTarget = Online | MovingAverage | AdaptiveAverage | Truncated
+TARGETS: dict[str, type] = {target.kind: target for target in get_args(AnyTarget)}

@@ -18,22 +18,24 @@ import torch
 from torch import Tensor
 
 from cmtool import networks, rng
-from cmtool.errors import DataError, DivergenceError
+from cmtool.errors import ConfigError, DataError, DivergenceError
 from cmtool.flow.flow_map import FlowMap, ModelCard
-from cmtool.times import Adjacent
 from cmtool.training.average import blend
 from cmtool.training.recipe import Optimizer, Recipe
 from cmtool.training.trajectory import Batch
 
+_NEVER = 2**62
 _CHECK_EVERY = 20  # steps between looks at whether the losses are finite; each look waits for the device
 
 
 class Images(Protocol):
-    """What a data set has to offer: uint8 images by index."""
+    """What a data set has to offer: images by index, with their labels and, where it holds pairs, their noise."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]: ...
+    def batch(self, indices: Tensor) -> tuple[Tensor | None, ...]:
+        """uint8 images, or floats in [-1, 1], [B, C, H, W]; labels [B] or None; for pairs also eps as the images."""
+        ...
 
 
 class Report(NamedTuple):
@@ -42,7 +44,7 @@ class Report(NamedTuple):
     step: int  # 1 after the first
     images: int
     progress: float
-    loss: Tensor  # mean over the batch
+    loss: Tensor  # what was minimised, the mean over the batch
     per_sample: Tensor  # [B]
     t: Tensor  # [B], the times of `per_sample`
     grad_norm: Tensor
@@ -75,10 +77,10 @@ class Trainer:
 
     Args:
         recipe: what to do.
-        data: uint8 images by index.
+        data: images by index.
         card: the model card of the result; its `role`, `preset` and `iterations` are filled in here.
         teacher: the model to follow; required by recipes that distil.
-        init: weights to start from; the teacher itself is used where the recipe says so.
+        init: model to start from, the first stage of a truncated one; the teacher where the recipe says so.
         backbone: pretrained trunk of LPIPS, where the recipe needs it.
         seed: of everything random.
         device: where to train.
@@ -104,30 +106,36 @@ class Trainer:
             raise DataError(
                 f"the data has {len(data)} images, fewer than one batch of {recipe.batch}", "try a smaller --batch"
             )
+        if recipe.augment is not None and getattr(recipe.network, "augment_dim", 0) != recipe.augment.dim:
+            raise ConfigError(
+                "the images are augmented, and the network is not told how",
+                f"set network.augment_dim={recipe.augment.dim}",
+            )
         self.recipe, self.data, self.seed = recipe, data, seed
         self.device = torch.device(device)
         self.order = Order(len(data), seed)
         self.step = 0
-        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._health = Health(self.device)
 
         with rng.forked(rng.derive(seed, 0), "cpu"):
             network = networks.build(recipe.network)
-        if init is None and recipe.init_from_teacher:
-            init = teacher
-        if init is not None:
-            network.load_state_dict(init.network.state_dict())
+        start = teacher if init is None and recipe.init_from_teacher else init
+        if start is not None:
+            networks.load_start(network, start.network.state_dict())
         card = _filled(card, recipe)
         model = FlowMap(network, recipe.path, recipe.parameterization, card)
         self.model = model.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
         self.averages = {rule.name: (rule, self._frozen_copy()) for rule in recipe.averages}
         # Online targets are the model itself; a copy of their own costs memory only where the rule moves.
         self.target = (
-            self._frozen_copy(train=True) if self._target_decay(1.0) or self._target_decay(0.0) else self.model
+            self._frozen_copy(train=True) if recipe.objective.decay(1.0) or recipe.objective.decay(0.0) else self.model
         )
-        if teacher is not None:
-            teacher.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
-        self.objective = recipe.objective.build(teacher, backbone).to(self.device)
-        self.optimizer = make_optimizer(recipe.optimizer, list(self.model.parameters()))
+        for other in (teacher, init):
+            if other is not None:
+                other.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
+        objective = recipe.objective.build(teacher, first=init, backbone=backbone)
+        self.objective = objective.to(self.device)
+        self.optimizer = self._new_optimizer()
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -146,7 +154,10 @@ class Trainer:
         self.model.train()
         while self.step < recipe.iterations:
             progress = self.step / recipe.iterations
-            lr = recipe.optimizer.rate(progress, self.images + recipe.batch)
+            stage, done = self.objective.stage(progress)
+            if self.step and stage != self.objective.stage((self.step - 1) / recipe.iterations)[0]:
+                self._promote()
+            lr = recipe.optimizer.rate(done, self.images + recipe.batch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
@@ -154,9 +165,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             loss.value.backward()
             limit = recipe.optimizer.clip_norm
-            grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit or float("inf"), foreach=True)
-            self._finite &= loss.value.isfinite() & grad_norm.isfinite()
+            grad_norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit or float("inf"), foreach=True)
             self.step += 1
+            self._health.note(self.step, {**loss.terms, "gradient": grad_norm})
             if self.step % _CHECK_EVERY == 0 or self.step == recipe.iterations:
                 self._check()
             self.optimizer.step()
@@ -174,32 +185,60 @@ class Trainer:
 
     def _check(self) -> None:
         """Raise if anything so far was not finite. Also called before weights leave, so none are saved that are not."""
-        if not bool(self._finite):
+        sick = self._health.first()
+        if sick is not None:
+            step, term = sick
             raise DivergenceError(
-                f"the loss or its gradient stopped being finite by step {self.step}",
+                f"the training diverged: at step {step:,} the {term} was no longer finite",
                 "try a lower learning rate, or float32",
             )
 
+    def _promote(self) -> None:
+        """The end of a stage: the student becomes the teacher, and training begins anew from it."""
+        self.objective.promote(self.model)
+        self.optimizer = self._new_optimizer()
+        for _, average in self.averages.values():
+            blend(average, self.model, 0.0)
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """What the optimizer moves: the network, and what an objective learns by itself."""
+        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.recipe.optimizer, self._trained())
+
     def _batch(self, generator: torch.Generator) -> Batch:
-        images, labels = self.data.batch(self.order.indices(self.images, self.recipe.batch))
-        x0 = images.to(self.device).to(torch.float32, memory_format=torch.channels_last) / 127.5 - 1
+        images, labels, *rest = self.data.batch(self.order.indices(self.images, self.recipe.batch))
+        assert images is not None
+        x0 = images.to(self.device).to(torch.float32, memory_format=torch.channels_last)
+        if not images.is_floating_point():
+            x0 = x0 / 127.5 - 1
         if self.recipe.flip:
             mirrored = torch.rand(len(x0), generator=generator, device=self.device) < 0.5
             x0 = torch.where(mirrored[:, None, None, None], x0.flip(-1), x0)
+        augment = None
+        if self.recipe.augment is not None:
+            x0, augment = self.recipe.augment(x0, generator)
         conditional = labels is not None and self.recipe.network.num_classes > 0
-        return Batch(x0, labels.to(self.device) if conditional and labels is not None else None)
+        eps = rest[0] if rest else None
+        if eps is not None and (self.recipe.flip or augment is not None):
+            raise ConfigError(
+                "the data holds pairs of an image and its noise, and mirrored or augmented images have another noise",
+                "add --set flip=false --set augment=none",
+            )
+        return Batch(
+            x0,
+            labels.to(self.device) if conditional and labels is not None else None,
+            None if eps is None else eps.to(self.device, memory_format=torch.channels_last),
+            augment,
+        )
 
     def _follow(self, progress: float) -> None:
         """Move the target and the averages after the weights."""
         if self.target is not self.model:
-            blend(self.target, self.model, self._target_decay(progress))
+            blend(self.target, self.model, self.recipe.objective.decay(progress))
         for rule, average in self.averages.values():
             blend(average, self.model, rule.decay(self.images, self.recipe.batch))
-
-    def _target_decay(self, progress: float) -> float:
-        objective = self.recipe.objective
-        curriculum = getattr(objective.times, "curriculum", None)
-        return objective.target.decay(progress, curriculum(progress) if curriculum else 0)
 
     def _frozen_copy(self, train: bool = False) -> FlowMap:
         # The target keeps dropping units as the model does (under the shared mask); averages are for sampling.
@@ -238,7 +277,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self._finite.fill_(True)
+        self._health = Health(self.device)
         self.step, self.seed = state["step"], state["seed"]
         self.order = Order(len(self.data), self.seed)
         self.model.load_state_dict(state["model"])
@@ -250,12 +289,32 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+class Health:
+    """Which number was the first to be no longer finite, kept on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first: dict[str, Tensor] = {}  # name -> the first bad step, a large number for none
+
+    def note(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Look at the numbers of a step."""
+        for name, value in values.items():
+            if name not in self._first:
+                self._first[name] = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
+            self._first[name].clamp_(max=torch.where(value.isfinite(), _NEVER, step))
+
+    def first(self) -> tuple[int, str] | None:
+        """The first bad step and what was bad in it; waits for the device."""
+        found = [(int(step), name) for name, step in self._first.items()]
+        worst = min(found, key=lambda one: one[0], default=(_NEVER, ""))
+        return None if worst[0] == _NEVER else (worst[0], worst[1])
+
+
 def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:
     """The card with what the recipe says of the result."""
     card = replace(card, role=recipe.role, preset=recipe.preset, iterations=recipe.iterations)
-    if isinstance(recipe.objective.times, Adjacent):
-        grid, num = recipe.objective.times.grid, recipe.objective.times.curriculum(1.0)
-        card = replace(card, grid_points=num, grid_rho=grid.rho)
+    points, rho = recipe.objective.grid or (card.grid_points, recipe.path.rho)
+    card = replace(card, grid_points=points, grid_rho=rho, guidance=recipe.objective.guidance)
     if recipe.two_step is not None:
         card = replace(card, times={**card.times, "2": (recipe.path.t_max, recipe.two_step)})
     return card

@@ -1,29 +1,31 @@
-"""Trajectories: how a sample gets from time t to its neighbour r.
+"""Trajectories: how a sample gets from time t to its neighbour r, and how it moves at t.
 
-From the **data**, with the same noise (consistency training), or along a **teacher**'s probability-flow ODE
-(consistency distillation).
+From the **data**, with the same noise (consistency training), along a **teacher**'s probability-flow ODE (consistency
+distillation), or by the model's **own** jump (shortcut models).
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmtool.errors import ConfigError
-from cmtool.flow.flow_map import FlowMap
-from cmtool.solvers import DPMSolver2, Euler, Heun, Solver
+from cmtool.flow.flow_map import FlowMap, guided, on_path
+from cmtool.solvers import DDIM, DPMSolver2, Euler, Heun, Solver
 from cmtool.times import Karras
 
 
 class Batch(NamedTuple):
-    """Clean images [B, C, H, W] in [-1, 1], class indices [B] or None, and noise if the source fixes it."""
+    """Clean images [B, C, H, W] in [-1, 1] with what is known of them, and noise if the source fixes it."""
 
     x0: Tensor
-    labels: Tensor | None = None
-    eps: Tensor | None = None
+    labels: Tensor | None = None  # class indices [B]
+    eps: Tensor | None = None  # shape of x0
+    augment: Tensor | None = None  # augmentation labels [B, A]
 
 
 class PathSample(NamedTuple):
@@ -33,14 +35,19 @@ class PathSample(NamedTuple):
     t: Tensor
     x0: Tensor
     eps: Tensor
-    labels: Tensor | None
+    labels: Tensor | None = None
+    augment: Tensor | None = None
 
 
 class Trajectory(Protocol):
-    """Moves a sample along its path or ODE."""
+    """Moves a sample along its path or ODE. `target` is the model whose path it is and who answers for `Self`."""
 
-    def step(self, model: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+    def step(self, target: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
         """x_r, shape of x_t."""
+        ...
+
+    def velocity(self, target: FlowMap, sample: PathSample) -> Tensor:
+        """dx_t / dt, shape of x_t."""
         ...
 
 
@@ -50,24 +57,44 @@ class Data:
 
     kind: ClassVar[str] = "data"
 
-    def step(self, model: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
-        return model.path.mix(sample.x0, sample.eps, r)
+    def step(self, target: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+        return target.path.mix(sample.x0, sample.eps, r)
+
+    def velocity(self, target: FlowMap, sample: PathSample) -> Tensor:
+        return target.path.velocity(sample.x0, sample.eps, sample.t)
+
+
+@dataclass(frozen=True)
+class Self:
+    """The target's own jump from t to r. Frans et al. (2024), arXiv:2410.12557: two half jumps teach one."""
+
+    kind: ClassVar[str] = "self"
+
+    def step(self, target: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+        return target.jump(sample.x_t, sample.t, r, sample.labels, sample.augment)
+
+    def velocity(self, target: FlowMap, sample: PathSample) -> Tensor:
+        return target.velocity(sample.x_t, sample.t, sample.labels, sample.augment)
 
 
 @dataclass(frozen=True)
 class Teacher:
     """The teacher's ODE, solved from t to r. Song et al. (2023), algorithm 2; `bind` it to a model before use.
 
+    The teacher may live on another path than the student: it is read on the student's (`on_path`).
+
     Args:
         solver: one step of it a sub-step.
         substeps: sub-steps between t and r, evenly spaced in the coordinate of `grid` (evenly in t would waste them all
             on the noisy end).
+        guidance: scale of classifier-free guidance of the teacher; 1 is none.
     """
 
     kind: ClassVar[str] = "teacher"
-    solver: Euler | Heun | DPMSolver2 = field(default_factory=Heun)
+    solver: Euler | Heun | DPMSolver2 | DDIM = field(default_factory=Heun)
     substeps: int = 1
     grid: Karras = field(default_factory=Karras)
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.substeps < 1:
@@ -86,14 +113,14 @@ class TeacherTrajectory:
         self.teacher = teacher.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def step(self, model: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+    def step(self, target: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+        teacher = self._seen_by(target)
+
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.teacher.denoised(x, t, sample.labels)
+            return teacher.denoised(x, t, sample.labels, self._augment(sample))
 
         solver: Solver = self.config.solver
-        grid, path, n = self.config.grid, self.teacher.path, self.config.substeps
-        if model.path != path:
-            raise ConfigError(f"the student's path is {model.path}, its teacher's {path}", "leave out --set path")
+        grid, path, n = self.config.grid, target.path, self.config.substeps
         x, t = sample.x_t, sample.t
         for i in range(1, n + 1):
             s = r if i == n else grid.between(path, sample.t, r, i / n)
@@ -101,5 +128,60 @@ class TeacherTrajectory:
             t = s
         return x
 
+    @torch.no_grad()
+    def velocity(self, target: FlowMap, sample: PathSample) -> Tensor:
+        return self._seen_by(target).velocity(sample.x_t, sample.t, sample.labels, self._augment(sample))
 
-TRAJECTORIES: dict[str, type] = {"data": Data, "teacher": Teacher}
+    def _seen_by(self, target: FlowMap) -> FlowMap:
+        return on_path(guided(self.teacher, self.config.guidance), target.path)
+
+    def _augment(self, sample: PathSample) -> Tensor | None:
+        """A teacher that was trained without augmentation is told nothing of it."""
+        config = getattr(self.teacher.network, "config", None)
+        return sample.augment if getattr(config, "augment_dim", 0) else None
+
+
+@dataclass(frozen=True)
+class Predecessor(Teacher):
+    """A teacher that is replaced by its student at the end of each stage. Salimans and Ho (2022), arXiv:2202.00512."""
+
+    kind: ClassVar[str] = "predecessor"
+    solver: Euler | Heun | DPMSolver2 | DDIM = field(default_factory=DDIM)
+    substeps: int = 2
+
+    def bind(self, teacher: FlowMap) -> PredecessorTrajectory:
+        return PredecessorTrajectory(self, teacher)
+
+
+class PredecessorTrajectory(TeacherTrajectory, nn.Module):
+    """A `Predecessor` with its model: a Module, so that its weights are saved with the run."""
+
+    def __init__(self, config: Predecessor, teacher: FlowMap) -> None:
+        nn.Module.__init__(self)
+        TeacherTrajectory.__init__(self, config, copy.deepcopy(teacher))
+
+    def step(self, target: FlowMap, sample: PathSample, r: Tensor) -> Tensor:
+        """x_r.
+
+        Raises:
+            ConfigError: if the student is no model of the teacher's kind: they could not take turns.
+        """
+        if (target.path, target.parameterization) != (self.teacher.path, self.teacher.parameterization):
+            raise ConfigError(
+                "progressive distillation turns students into teachers, and these differ in path or parameterization",
+                "leave out --set path... and --set parameterization...",
+            )
+        return super().step(target, sample, r)
+
+    def promote(self, model: FlowMap) -> None:
+        """Follow this model from now on."""
+        self.teacher.network.load_state_dict(model.network.state_dict())
+
+    def train(self, mode: bool = True) -> PredecessorTrajectory:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+
+AnyTrajectory = Data | Self | Teacher | Predecessor
+TRAJECTORIES: dict[str, type] = {trajectory.kind: trajectory for trajectory in get_args(AnyTrajectory)}

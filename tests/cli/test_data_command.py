@@ -64,6 +64,7 @@ class TestInspect:
             "ignored": 1,
             "resolution": None,
             "hint": "use it with --resolution 8, or another size",
+            "pairs": None,
         }
 
     def test_for_people(self, cli, mixed):
@@ -100,6 +101,11 @@ class TestInspect:
         cli("data", "inspect", tmp_path, "--json").error(1, "found nothing")
         cli("data", "inspect", "digts").error(1, "did you mean digits")
         cli("data", "inspect").error(2)
+        cli("data", "inspect", "").error(1, "found an empty name", "name a folder")
+        for name, content in (("empty.npy", b""), ("junk.npz", b"junk")):
+            (tmp_path / name).write_bytes(content)
+        cli("data", "inspect", tmp_path / "empty.npy").error(1, "found an empty file", "copy or download")
+        cli("data", "inspect", tmp_path / "junk.npz").error(1, "neither an .npz nor an .npy", "numpy.savez")
         (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 and no more")
         cli("data", "inspect", tmp_path / "cut.zip").error(1, "damaged or cut off")
 

@@ -192,7 +192,7 @@ class Spy(GaussianConsistency):
         super().__init__(*args, **kwargs)
         self.calls = []
 
-    def jump(self, x_t, t, s, labels=None):
+    def jump(self, x_t, t, s, labels=None, augment=None):
         self.calls.append((x_t.detach().clone(), t, s, labels, torch.is_grad_enabled()))
         return super().jump(x_t, t, s, labels)
 
@@ -225,7 +225,7 @@ class SlowTeacher(GaussianOracle):
         super().__init__(*args, **kwargs)
         self.times, self.labels = [], []
 
-    def denoised(self, x_t, t, labels=None):
+    def denoised(self, x_t, t, labels=None, augment=None):
         self.times.append(t.clone())
         self.labels.append(labels)
         return super().denoised(x_t, t)

@@ -20,12 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from cmtool import rng
 from cmtool.errors import DataError, DependencyError, UsageError
 from cmtool.io import data as io_data
 from cmtool.io import images as io_images
 from cmtool.io import sources as io_sources
 from cmtool.io.data import BadFile, inspect_data, open_data
 from cmtool.io.digits import GROUND, INKS, digits
+from cmtool.io.pairs import About, read_pairs, write_pairs
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-test.tar.xz"
 
@@ -307,11 +309,32 @@ class TestArrays:
             open_data(tmp_path / "a.npz")
         assert caught.value.hint == "name one images, x, arr_0 or data"
 
-    def test_a_member_that_is_no_array(self, tmp_path):
+    @pytest.mark.parametrize("content", [b"hello", b""])
+    @pytest.mark.parametrize("name", ["images.npy", "images"])
+    def test_a_member_that_is_no_array(self, tmp_path, name, content):
         with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
-            archive.writestr("images.npy", b"hello")
-        with pytest.raises(DataError):
+            archive.writestr(name, content)
+        with pytest.raises(DataError, match="found bytes that are no array") as caught:
             open_data(tmp_path / "a.npz")
+        assert "numpy.savez" in caught.value.hint
+
+    @pytest.mark.parametrize("suffix", ["npy", "npz"])
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"", "found an empty file"),
+            (b"junk junk", "found neither an .npz nor an .npy file"),
+            (b"\x80\x04K*.", "found neither an .npz nor an .npy file"),  # a pickle
+            (b"\x93NUMPY", "damaged or cut off: EOF"),
+            (b"PK\3\4 and no more", "damaged or cut off: file is not a zip file"),
+        ],
+    )
+    def test_other_bytes(self, tmp_path, suffix, content, words):
+        (tmp_path / f"a.{suffix}").write_bytes(content)
+        for use in (open_data, inspect_data):
+            with pytest.raises(DataError, match=words) as caught:
+                use(tmp_path / f"a.{suffix}")
+            assert caught.value.hint
 
     def test_a_header_that_promises_too_much(self, tmp_path):
         np.save(tmp_path / "a.npy", noise(2))
@@ -551,10 +574,19 @@ class TestPlaces:
             open_data(tmp_path / name)
         assert hint in caught.value.hint
 
-    def test_odd_names(self):
-        for name in ("", "-", "a\0b", "x" * 5000, "https://example.org/a.zip"):
+    @pytest.mark.parametrize("use", [open_data, inspect_data])
+    def test_odd_names(self, use):
+        for name in (" ", "-", "a\0b", "x" * 5000, "https://example.org/a.zip", "https://example.org/a.npz", "\0.npz"):
             with pytest.raises(DataError):
-                open_data(name if name else "nothing here")
+                use(name)
+
+    @pytest.mark.parametrize("use", [open_data, inspect_data])
+    def test_an_empty_name_is_not_the_current_folder(self, tmp_path, monkeypatch, use):
+        monkeypatch.chdir(as_folder(tmp_path, pngs(["a.png"])))
+        assert use(".")
+        with pytest.raises(DataError, match="found an empty name") as caught:
+            use("")
+        assert caught.value.hint.startswith("name a folder")
 
     def test_a_zip_by_another_name(self, tmp_path):
         path = as_zip(tmp_path, pngs(["a.png"])).rename(tmp_path / "set.bin")
@@ -577,6 +609,9 @@ class TestGarbage:
             return as_zip(
                 folder, pngs(["a/1.png", "b/2.png"]) | {"dataset.json": b'{"labels": [["a/1.png", 0], ["b/2.png", 1]]}'}
             )
+        if suffix == "pairs":
+            np.savez(folder / "set.npz", **entries(count=2, side=2))
+            return folder / "set.npz"
         path = folder / f"set{suffix}"
         np.save(path, noise(2)) if suffix == ".npy" else np.savez(path, images=noise(2), labels=np.arange(2))
         return path
@@ -584,11 +619,32 @@ class TestGarbage:
     @settings(max_examples=150, deadline=None)
     @given(data=st.data())
     def test_damaged(self, tmp_path_factory, data):
-        path = self.whole(tmp_path_factory.mktemp("damaged"), data.draw(st.sampled_from([".zip", ".npz", ".npy"])))
+        path = self.whole(
+            tmp_path_factory.mktemp("damaged"), data.draw(st.sampled_from([".zip", ".npz", ".npy", "pairs"]))
+        )
         content = bytearray(path.read_bytes())
         for _ in range(data.draw(st.integers(0, 4))):
             content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
         path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+        for use in (open_data, inspect_data):
+            with contextlib.suppress(DataError):
+                use(path)
+
+    @settings(max_examples=100, deadline=None)
+    @given(data=st.data())
+    def test_pairs_with_anything_in_them(self, tmp_path_factory, data):
+        """Damage behind the checksums: entries of odd types and shapes, headers with odd bytes."""
+        path = tmp_path_factory.mktemp("odd") / "set.npz"
+        arrays = entries(count=2, side=2)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in arrays.items():
+                buffer = io.BytesIO()
+                np.save(buffer, array)
+                content = bytearray(buffer.getvalue())
+                for _ in range(data.draw(st.integers(0, 2))):
+                    content[data.draw(st.integers(0, min(127, len(content) - 1)))] = data.draw(st.integers(0, 255))
+                if data.draw(st.integers(0, 9)):
+                    archive.writestr(f"{name}.npy", bytes(content))
         for use in (open_data, inspect_data):
             with contextlib.suppress(DataError):
                 use(path)
@@ -631,6 +687,200 @@ class TestDataset:
         first = open_data(place)
         monkeypatch.setattr(io_data, "_CHUNK", 1)
         assert torch.equal(open_data(place).images, first.images)
+
+
+def entries(count=5, channels=3, side=8, classes=3, **changes):
+    """What a file of pairs holds; a change of None leaves the entry out."""
+    shape = (channels, side, side)
+    values = np.random.RandomState(0).uniform(-1, 1, (count, *shape)).astype(np.float16)
+    about = {
+        **{"format": "cmtool.pairs", "version": 1, "teacher": "runs/t", "solver": "heun", "steps": 18},
+        **{"guidance": 1.0, "class_names": [f"c{k}" for k in range(classes)], "licence": ""},
+        "noise": rng.noise([7], shape).flatten()[:8].tolist(),
+    }
+    about |= changes.pop("about", {})
+    arrays = {"images": values, "seeds": np.arange(7, 7 + count), "about": np.array(json.dumps(about))}
+    arrays |= {"labels": np.arange(count) % classes} if classes else {}
+    return {name: array for name, array in (arrays | changes).items() if array is not None}
+
+
+class TestPairs:
+    def place(self, folder, **changes):
+        np.savez(folder / "p.npz", **entries(**changes))
+        return folder / "p.npz"
+
+    def test_a_batch_has_the_noise_of_its_seeds(self, tmp_path):
+        data = open_data(self.place(tmp_path))
+        images, labels, eps = data.batch(torch.tensor([3, 0, 3]))
+        assert images.dtype == eps.dtype == torch.float32
+        assert np.array_equal(images.numpy(), entries()["images"][[3, 0, 3]].astype(np.float32))
+        assert labels.tolist() == [0, 0, 0]
+        for row, seed in zip(eps, (10, 7, 10), strict=True):
+            assert torch.equal(row, rng.noise([seed], (3, 8, 8))[0])
+
+    def test_what_is_written_is_read(self, tmp_path):
+        values = torch.rand(7, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        seeds = [3, 2**63 - 1, 0, 5, 6, 1, 2]
+        about = About("runs/über\n[red]", "dpm2", 3, 1.5, ("a", "b"), "CC BY-NC 4.0")
+        labels = torch.tensor([0, 1, 1, 0, 0, 0, 0])
+        batches = [(seeds[k : k + 3], labels[k : k + 3], values[k : k + 3]) for k in (0, 3, 6)]
+        write_pairs(tmp_path / "p.npz", 7, iter(batches), about)
+        found = read_pairs(str(tmp_path / "p.npz"))
+        assert found.about == about
+        assert (found.seeds.tolist(), found.labels.tolist()) == (seeds, labels.tolist())
+        assert np.array_equal(found.images, values.half().numpy())
+        whole = (tmp_path / "p.npz").read_bytes()
+        write_pairs(tmp_path / "q.npz", 7, [(seeds, labels, values)], about)
+        assert (tmp_path / "q.npz").read_bytes() == whole
+        data = open_data(tmp_path / "p.npz")
+        assert torch.equal(data.batch(torch.tensor([1]))[2], rng.noise([2**63 - 1], (1, 4, 4)))
+        assert data.report.summary() == (
+            "7 pairs, 4x4 grey; 2 classes; solved from runs/über\n[red] by dpm2, 3 steps, guidance 1.5"
+        )
+
+    def test_numpy_reads_it_without_pickles(self, tmp_path):
+        write_pairs(tmp_path / "p.npz", 1, [([4], None, torch.zeros(1, 3, 2, 2))], About("t", "jump", 1))
+        with np.load(tmp_path / "p.npz", allow_pickle=False) as content:
+            assert set(content) == {"images", "seeds", "about"}
+            assert json.loads(str(content["about"]))["solver"] == "jump"
+            assert content["seeds"].tolist() == [4]
+
+    def test_no_more_or_fewer_than_promised(self, tmp_path):
+        for count in (1, 3):
+            with pytest.raises(ValueError, match=f"{count} pairs were promised, 2 came"):
+                write_pairs(tmp_path / "p.npz", count, [([0, 1], None, torch.zeros(2, 3, 2, 2))], About("t", "jump", 1))
+        assert os.listdir(tmp_path) == []
+
+    def test_without_labels(self, tmp_path):
+        data = open_data(self.place(tmp_path, classes=0))
+        assert (data.labels, data.class_names, data.report.classes) == (None, (), {})
+        assert data.batch(torch.tensor([1]))[1] is None
+        assert data.report.summary() == "5 pairs, 8x8 RGB; solved from runs/t by heun, 18 steps"
+
+    def test_a_limit_is_spread_over_them(self, tmp_path):
+        place = self.place(tmp_path)
+        some, data = open_data(place, limit=2), open_data(place)
+        assert (some.seeds.tolist(), some.labels.tolist(), some.report.used) == ([7, 9], [0, 2], 2)
+        assert torch.equal(some.images, data.images[[0, 2]])
+        assert some.report.classes == {"c0": 1, "c1": 0, "c2": 1}
+        assert len(open_data(place, limit=9)) == 5
+
+    def test_they_are_taken_as_they_are(self, tmp_path):
+        place = self.place(tmp_path)
+        for options in ({"resolution": 4}, {"resolution": 16, "upscale": True}, {"channels": 1}):
+            with pytest.raises(DataError, match="no longer belongs to its noise") as caught:
+                open_data(place, **options)
+            assert caught.value.hint.startswith("leave out --")
+        data = open_data(place, resolution=8, channels=3, crop="center", resize="lanczos", upscale=True)
+        assert data.fingerprint == open_data(place).fingerprint
+        for options in ({"crop": "centre"}, {"resolution": 0}, {"channels": 2}, {"limit": 0}):
+            with pytest.raises(UsageError):
+                open_data(place, **options)
+
+    def test_pictures(self, tmp_path):
+        data = open_data(self.place(tmp_path))
+        expected = ((data.images.float() + 1) * 127.5).round().to(torch.uint8)
+        assert torch.equal(data.pictures, expected)
+
+    def test_the_fingerprint_is_that_of_images_labels_and_seeds(self, tmp_path):
+        first = open_data(self.place(tmp_path)).fingerprint
+        assert open_data(self.place(tmp_path, about={"teacher": "elsewhere"})).fingerprint == first
+        images = entries()["images"].copy()
+        images[2, 0, 1, 1] = 0
+        changes = [{"images": images}, {"labels": np.array([0, 1, 2, 0, 2])}, {"seeds": np.array([7, 8, 9, 10, 12])}]
+        assert len({first, *(open_data(self.place(tmp_path, **change)).fingerprint for change in changes)}) == 4
+
+    def test_inspect(self, tmp_path):
+        found = inspect_data(self.place(tmp_path))
+        assert (found.kind, found.count, found.sizes, found.modes) == ("pairs", 5, {"8x8": 5}, {"RGB": 5})
+        assert (found.classes, found.resolution, found.hint) == ({"c0": 2, "c1": 2, "c2": 1}, 8, "")
+        assert found.pairs == About("runs/t", "heun", 18, 1.0, ("c0", "c1", "c2"))
+
+    def test_other_arrays_with_seeds_are_no_pairs(self, tmp_path):
+        np.savez(tmp_path / "a.npz", images=noise(3), seeds=np.arange(3))
+        assert open_data(tmp_path / "a.npz").seeds is None
+
+    def test_numbers_of_any_width(self, tmp_path):
+        data = open_data(
+            self.place(tmp_path, labels=np.array([0, 1, 2, 0, 1], np.uint8), seeds=np.arange(7, 12, dtype="u4"))
+        )
+        assert data.labels.dtype == data.seeds.dtype == torch.int64
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"images": None}, "float16 .* found none"),
+            ({"seeds": None}, "expected 5 seeds.* found none"),
+            ({"labels": None}, "expected 5 labels.* found none"),
+            ({"images": noise(5)}, "found uint8"),
+            ({"images": entries()["images"].astype(np.float32)}, "found float32"),
+            ({"images": entries()["images"].astype(">f2")}, "found >f2"),
+            ({"images": entries()["images"][0]}, r"found float16 \[3, 8, 8\]"),
+            ({"images": entries()["images"][:0]}, r"found float16 \[0, 3, 8, 8\]"),
+            ({"images": entries()["images"][:, :, :4]}, r"square .* found float16 \[5, 3, 4, 8\]"),
+            ({"images": entries()["images"][:, :2]}, r"1 or 3 channels .* \[5, 2, 8, 8\]"),
+            ({"images": entries()["images"] * np.float16(2)}, r"in \[-1, 1\], found -2 to 2|in \[-1, 1\], found -1.99"),
+            ({"images": np.where(entries()["images"] > 0.9, np.float16("nan"), entries()["images"])}, "nan"),
+            ({"images": np.full((5, 3, 8, 8), np.inf, np.float16)}, "inf"),
+            ({"images": np.full((5, 3, 8, 8), None)}, "pickled"),
+            ({"seeds": np.arange(4)}, r"expected 5 seeds.* found int64 \[4\]"),
+            ({"seeds": np.arange(5.0)}, "found float64"),
+            ({"seeds": np.arange(5)[:, None]}, r"found int64 \[5, 1\]"),
+            ({"seeds": np.array([7, 8, 9, 10, -1])}, "seeds from 0"),
+            ({"seeds": np.array([7, 8, 9, 10, 2**63], np.uint64)}, "seeds from 0"),
+            ({"seeds": np.array([None] * 5)}, "pickled"),
+            ({"labels": np.arange(5)}, "labels from 0 to 4, and 3 class names"),
+            ({"labels": np.array([0, 1, 2, 0, -1])}, "labels from -1 to 2"),
+            ({"labels": np.eye(5)}, "expected 5 labels"),
+            ({"about": {"class_names": []}}, "0 class names"),
+            ({"about": {"format": "other"}}, "does not describe pairs"),
+            ({"about": {"version": 2}}, "format 2; this cmtool reads format 1"),
+            ({"about": {"version": True}}, "format True"),
+            ({"about": {"version": None}}, "format None"),
+            ({"about": {"version": "1"}}, "format '1'"),
+            ({"about": {"teacher": 3}}, "incomplete"),
+            ({"about": {"solver": None}}, "incomplete"),
+            ({"about": {"licence": []}}, "incomplete"),
+            ({"about": {"steps": 0}}, "incomplete"),
+            ({"about": {"steps": True}}, "incomplete"),
+            ({"about": {"steps": 1.5}}, "incomplete"),
+            ({"about": {"guidance": "much"}}, "incomplete"),
+            ({"about": {"guidance": float("inf")}}, "incomplete"),
+            ({"about": {"class_names": "abc"}}, "incomplete"),
+            ({"about": {"class_names": ["a", "b", 3]}}, "incomplete"),
+            ({"about": {"noise": None}}, "incomplete"),
+            ({"about": {"noise": [0.0]}}, "incomplete"),
+            ({"about": {"noise": ["0"] * 8}}, "incomplete"),
+            ({"about": {"noise": [0.0] * 8}}, "seed 7 no longer gives the noise"),
+            ({"about": {"noise": [float("nan")] * 8}}, "incomplete|no longer"),
+            ({"seeds": np.arange(8, 13)}, "seed 8 no longer gives the noise"),
+        ],
+    )
+    def test_refused(self, tmp_path, changes, words):
+        place = self.place(tmp_path, **changes)
+        for use in (open_data, inspect_data):
+            with pytest.raises(DataError, match=words) as caught:
+                use(place)
+            assert "p.npz" in caught.value.message
+            assert caught.value.hint
+
+    @pytest.mark.parametrize(
+        "about",
+        [
+            *(np.array(text) for text in ("", "{", "[]", "3", '"x"', "null", "[" * 100_000, "{}")),
+            *(np.array(["{}"]), np.array(b"{}"), np.array(3.5), np.zeros((0,)), np.array({"format": "cmtool.pairs"})),
+        ],
+    )
+    def test_an_about_that_is_none(self, tmp_path, about):
+        np.savez(tmp_path / "p.npz", **(entries() | {"about": about}))
+        with pytest.raises(DataError, match=r"does not describe pairs|pickled"):
+            open_data(tmp_path / "p.npz")
+
+    def test_more_than_the_memory_holds(self, tmp_path, monkeypatch):
+        place = self.place(tmp_path)
+        monkeypatch.setattr(io_sources, "memory_limit", lambda: 100)
+        with pytest.raises(DataError, match="unpacks to"):
+            open_data(place)
 
 
 class TestInspect:

@@ -11,8 +11,18 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtool.networks import SIZES, ADMConfig, DDPMppConfig, build
-from cmtool.networks.layers import GroupNorm, Resample, _Normalise, _normalise, attend, look_up, noise_features
+from cmtool.networks import SIZES, ADMConfig, DDPMppConfig, MLPConfig, build, load_start
+from cmtool.networks.layers import (
+    GroupNorm,
+    Resample,
+    _Normalise,
+    _normalise,
+    attend,
+    drop,
+    look_up,
+    noise_features,
+    unit_features,
+)
 
 DDPMPP = DDPMppConfig(
     resolution=8,
@@ -34,7 +44,9 @@ ADM = ADMConfig(
     head_channels=16,
 )
 ADM_PLAIN = replace(ADM, scale_shift_norm=False, resblock_updown=False, head_channels=0, num_heads=2)
-CONFIGS = {"ddpmpp": DDPMPP, "ncsnpp": NCSNPP, "adm": ADM, "adm_plain": ADM_PLAIN}
+MLP = MLPConfig(resolution=2, in_channels=3, out_channels=3, num_classes=4, augment_dim=3, width=32, depth=2)
+CONFIGS = {"ddpmpp": DDPMPP, "ncsnpp": NCSNPP, "adm": ADM, "adm_plain": ADM_PLAIN, "mlp": MLP}
+GAPS = torch.tensor([0.0, 1 / 128, 1.5])
 # the first forward-mode derivative loads parts of torch that still use a deprecated compiler
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 every_network = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -156,43 +168,195 @@ def test_samples_do_not_mix(config):
     torch.testing.assert_close(network(x, noise, labels)[1:2], alone)
 
 
-@every_network
-def test_forward_mode_derivative(config):
-    """Along x and the noise at once, against central differences in float64, and of the gradient once more."""
-    network, x, noise, labels = network_and_inputs(config, torch.float64)
-    noise = noise.double()
-    dx, dnoise = torch.randn_like(x), torch.randn_like(noise)
-
-    def run(x, noise):
-        return network(x, noise, labels)
-
-    step = 1e-6
-    high, low = run(x + step * dx, noise + step * dnoise), run(x - step * dx, noise - step * dnoise)
+@pytest.fixture
+def math_attention():
+    """Other kernels have no forward-mode derivative; this is all that a caller needs to do about it."""
     with sdpa_kernel(SDPBackend.MATH):
-        out, change = torch.func.jvp(run, (x, noise), (dx, dnoise))
-        torch.testing.assert_close(out, run(x, noise))
-        torch.testing.assert_close(change, (high - low) / (2 * step), rtol=1e-5, atol=1e-6)
+        yield
 
-        # the tangent depends on x too: its gradient by reverse over forward against a difference of two tangents
-        def energy(x):
-            return torch.func.jvp(run, (x, noise), (dx, dnoise))[1].square().sum()
 
-        with torch.enable_grad():
-            slope = (torch.func.grad(energy)(x) * dx).sum()
-        torch.testing.assert_close(
-            slope, (energy(x + step * dx) - energy(x - step * dx)) / (2 * step), rtol=1e-5, atol=1e-5
-        )
+def line(config, *, dtype=torch.float64, training=False):
+    """A two-time network, a function of (x, noise, gap) that always draws the same random numbers, inputs, directions.
+
+    In training, dropout and hidden labels are on.
+    """
+    noisy = {"dropout": 0.3, "label_dropout": 0.5} if training else {}
+    network, x, noise, labels = network_and_inputs(replace(config, two_times=True, **noisy), dtype)
+    network.to(dtype).train(training)
+    inputs = (x, noise.to(dtype), GAPS.to(dtype))
+    directions = tuple(torch.randn_like(value) for value in inputs)
+
+    def run(x, noise, gap):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            return network(x, noise, labels, gap=gap)
+
+    return network, run, inputs, directions
+
+
+def moved(values, directions, step):
+    return tuple(value + step * direction for value, direction in zip(values, directions, strict=True))
 
 
 @every_network
-def test_forward_mode_derivative_of_a_half_precision_network(config):
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,), (2,)], ids=["all", "x", "noise", "gap"])
+def test_forward_mode_derivative(config, training, which, math_attention):
+    """Along x, the noise and the gap, together and alone, against central differences."""
+    _, run, inputs, directions = line(config, training=training)
+    directions = tuple(value if i in which else torch.zeros_like(value) for i, value in enumerate(directions))
+    step = 1e-6
+    difference = (run(*moved(inputs, directions, step)) - run(*moved(inputs, directions, -step))) / (2 * step)
+    out, change = torch.func.jvp(run, inputs, directions)
+    torch.testing.assert_close(out, run(*inputs))
+    torch.testing.assert_close(change, difference, rtol=1e-5, atol=1e-6)
+    assert change.norm() > 1e-3
+    with forward_ad.dual_level():  # the other interface, which also leaves out the inputs that do not move
+        duals = [forward_ad.make_dual(inputs[i], directions[i]) if i in which else inputs[i] for i in range(3)]
+        torch.testing.assert_close(forward_ad.unpack_dual(run(*duals)).tangent, change)
+
+
+@every_network
+def test_forward_mode_derivative_in_single_precision(config, math_attention):
+    _, run, inputs, directions = line(config)
+    _, exact = torch.func.jvp(run, inputs, directions)
+    _, run, _, _ = line(config, dtype=torch.float32)
+    single = [tuple(value.float() for value in values) for values in (inputs, directions)]
+    _, found = torch.func.jvp(run, *single)
+    assert found.dtype == torch.float32
+    assert distance(found, exact) < 1e-5
+
+
+@every_network
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_gradient_of_a_forward_mode_derivative(config, training, math_attention):
+    """Reverse over forward, of the inputs and of every parameter, against a difference of two tangents."""
+    network, run, inputs, directions = line(config, training=training)
+    variables = (*inputs, *network.parameters())
+    steps = tuple(torch.randn_like(value) for value in variables)
+
+    def energy():
+        out, change = torch.func.jvp(run, inputs, directions)
+        return (change + 0.5 * out).square().sum()
+
+    for value in inputs:
+        value.requires_grad_()
+    grads = torch.autograd.grad(energy(), variables, allow_unused=True)
+    names = ["x", "noise", "gap", *(name for name, _ in network.named_parameters())]
+    assert {name for name, grad in zip(names, grads, strict=True) if grad is None} <= {"map_augment.weight"}
+    slope = sum((grad * step).sum() for grad, step in zip(grads, steps, strict=True) if grad is not None)
+
+    def shifted(size):
+        with torch.no_grad():
+            for value, step in zip(variables, steps, strict=True):
+                value.add_(step, alpha=size)
+            found = energy()
+            for value, step in zip(variables, steps, strict=True):
+                value.sub_(step, alpha=size)
+        return found
+
+    size = 1e-6
+    torch.testing.assert_close(slope, (shifted(size) - shifted(-size)) / (2 * size), rtol=2e-5, atol=1e-5)
+
+
+@every_network
+def test_forward_mode_derivative_of_a_half_precision_network(config, math_attention):
     network, x, noise, labels = network_and_inputs(config)
-    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with torch.no_grad():
         _, expected = torch.func.jvp(lambda x: network(x, noise, labels), (x,), (torch.ones_like(x),))
         half = x.bfloat16()
         _, found = torch.func.jvp(lambda x: network(x, noise, labels), (half,), (torch.ones_like(half),))
     assert found.dtype == torch.bfloat16
     assert distance(found, expected) < 0.05
+
+
+# Two times
+
+
+@every_network
+def test_a_second_time_says_nothing_at_first(config):
+    torch.manual_seed(0)
+    plain = build(config)
+    torch.manual_seed(0)
+    network = build(replace(config, two_times=True))
+    state = network.state_dict()
+    assert not state.pop("map_gap.weight").any()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items())
+
+
+@every_network
+def test_gaps(config):
+    network, x, noise, labels = network_and_inputs(replace(config, two_times=True))
+    outs = {gap: network(x, noise, labels, gap=torch.full((3,), gap)) for gap in (0.0, 1 / 128, 1.0, 1 + 1 / 128)}
+    assert torch.equal(network(x, noise, labels), outs[0.0]), "None means zeros"
+    assert distance(outs[1.0], outs[0.0]) > 0.1
+    for near, far in ((1 / 128, 0.0), (1 + 1 / 128, 1.0)):
+        assert 1e-3 < distance(outs[near], outs[far]) < 0.1, "a small step is told, and is small"
+    each = network(x, noise, labels, gap=torch.tensor([1.0, 0.0, 1 / 128]))
+    expected = torch.stack([outs[1.0][0], outs[0.0][1], outs[1 / 128][2]])
+    torch.testing.assert_close(each, expected)
+
+
+@every_network
+def test_gaps_are_embedded_in_full_precision(config):
+    """Two gaps that are one number in bfloat16 still differ."""
+    network, x, noise, labels = network_and_inputs(replace(config, two_times=True), torch.bfloat16)
+    one, two = torch.full((3,), 2.0), torch.full((3,), 2.007)
+    assert torch.equal(one.bfloat16(), two.bfloat16())
+    exact = distance(network(x.float(), noise, labels, gap=one), network(x.float(), noise, labels, gap=two))
+    assert distance(network(x, noise, labels, gap=one), network(x, noise, labels, gap=two)) > 0.5 * exact > 0
+
+
+@every_network
+def test_wrong_gaps(config):
+    network, x, noise, labels = network_and_inputs(replace(config, two_times=True))
+    for gap in (torch.zeros(1), torch.zeros(3, 1), torch.zeros(())):
+        with pytest.raises(ValueError, match="gap has shape"):
+            network(x, noise, labels, gap=gap)
+    network, x, noise, labels = network_and_inputs(config)
+    with pytest.raises(ValueError, match="a network without two_times"):
+        network(x, noise, labels, gap=torch.zeros(3))
+
+
+@every_network
+def test_starting_from_another_network(config):
+    """A two-time network that was something else becomes the one-time network, at every gap and for every vector."""
+    plain = replace(config, augment_dim=0) if hasattr(config, "augment_dim") else config
+    start, x, noise, labels = network_and_inputs(plain)
+    network = build(replace(config, two_times=True)).eval()
+    augment = torch.ones(3, 3) if plain != config else None
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_()
+    state = start.state_dict()
+    names = list(state)
+    load_start(network, state)
+    assert list(state) == names, "the caller's state is left alone"
+    assert torch.equal(network(x, noise, labels, augment, GAPS), start(x, noise, labels))
+
+    two_times, *_ = network_and_inputs(replace(config, two_times=True))
+    load_start(network, two_times.state_dict())
+    expected = two_times(x, noise, labels, augment, GAPS)
+    assert torch.equal(network(x, noise, labels, augment, GAPS), expected)
+    assert distance(expected, two_times(x, noise, labels)) > 0.01
+
+
+def test_a_start_that_does_not_fit():
+    network, plain = build(replace(DDPMPP, two_times=True)), build(DDPMPP).state_dict()
+    del plain["map_layer0.bias"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"map_layer0.bias"'):
+        load_start(network, plain)
+    with pytest.raises(RuntimeError, match=r"size mismatch for map_layer1\.weight"):
+        load_start(network, build(replace(DDPMPP, channel_mult_emb=2)).state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch for map_augment\.weight"):
+        load_start(network, build(replace(DDPMPP, augment_dim=2)).state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"map_gap.weight"'):
+        load_start(build(DDPMPP), network.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"map_augment.weight"'):
+        load_start(build(replace(DDPMPP, augment_dim=0)), build(DDPMPP).state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key.*"map_label.weight"'):
+        load_start(network, build(replace(DDPMPP, num_classes=0)).state_dict())
 
 
 def test_augmentation_vector():
@@ -228,15 +392,16 @@ def test_inputs_for_another_network():
         network(x, noise, None, torch.zeros(3, 3))
 
 
-@pytest.mark.parametrize("config", [DDPMPP, ADM], ids=["ddpmpp", "adm"])
+@pytest.mark.parametrize("config", [DDPMPP, ADM, MLP], ids=["ddpmpp", "adm", "mlp"])
 def test_fresh_networks_say_nothing(config):
     """The last layer starts (close to) zero, every block close to its shortcut; nothing else is."""
     torch.manual_seed(0)
     network = build(config)
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 3, config.resolution, config.resolution)
     assert network(x, torch.zeros(2)).abs().max() < 1e-3
     small = {name for name, value in network.named_parameters() if value.dim() > 1 and value.abs().max() < 1e-4}
     ends = ("conv1.weight", "proj.weight", "aux_conv.weight", "out_layers.3.weight", "proj_out.weight", "out.2.weight")
+    ends += ("leave.weight",)
     assert small == {name for name, _ in network.named_parameters() if name.endswith(ends)}
 
 
@@ -299,6 +464,13 @@ def test_small_sizes_are_small(name, resolution, most):
         (ADM, {"head_channels": 0, "num_heads": 3}, "64 channels at resolution 4 do not split into 3 heads"),
         (ADM, {"head_channels": 0, "num_heads": 0}, "attention needs"),
         (ADM, {"group_channels": 0}, "group_channels"),
+        (MLP, {"resolution": 0}, "resolution is 0"),
+        (MLP, {"width": 30}, "width is 30: it must be a multiple of 4"),
+        (MLP, {"width": 0}, "width is 0: it must be at least 1"),
+        (MLP, {"depth": 0}, "depth is 0"),
+        (MLP, {"augment_dim": -1}, "augment_dim"),
+        (MLP, {"dropout": 1.0}, "dropout is 1.0"),
+        (MLP, {"label_dropout": 0.1, "num_classes": 0}, "label_dropout needs labels"),
     ],
 )
 def test_configurations_that_cannot_be_built(config, changes, message):
@@ -307,7 +479,7 @@ def test_configurations_that_cannot_be_built(config, changes, message):
 
 
 def test_building_something_else():
-    with pytest.raises(ValueError, match="none of the networks ddpmpp, adm"):
+    with pytest.raises(ValueError, match="none of the networks ddpmpp, adm, mlp"):
         build("ddpmpp")
 
 
@@ -435,6 +607,43 @@ def test_noise_features():
         assert features[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
         torch.testing.assert_close(features[1, 0], torch.tensor(2.0, dtype=torch.float64).cos())
         torch.testing.assert_close(features[1, 7], torch.tensor(2 * last, dtype=torch.float64).sin(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout(layout):
+    """A quarter of the entries, the mean kept; the same ones with and without a derivative, in either direction."""
+    x = (1 + torch.rand(8, 16, 16, 16)).contiguous(memory_format=layout)
+    assert drop(x, 0.0) is x
+
+    def run(x):
+        torch.manual_seed(1)
+        return drop(x, 0.25)
+
+    with torch.random.fork_rng():
+        out = run(x)
+        kept = out != 0
+        assert abs(kept.float().mean() - 0.75) < 0.01
+        torch.testing.assert_close(out[kept], x[kept] / 0.75)
+        primal, tangent = torch.func.jvp(run, (x,), (x,))
+        assert torch.equal(primal, out)
+        assert torch.equal(tangent, out)
+        with forward_ad.dual_level():
+            dual = run(forward_ad.make_dual(x, x.clone()))
+            assert torch.equal(forward_ad.unpack_dual(dual).primal, out)
+        assert torch.equal(torch.func.grad(lambda x: run(x).sum())(x) != 0, kept)
+
+
+def test_unit_features():
+    """Frequencies 1/4, 1, 4 and 16; no step is too small to see and no slope larger than the highest frequency."""
+    value = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    features = unit_features(value, 8)
+    assert features[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    angles = torch.tensor([0.125, 0.5, 2.0, 8.0], dtype=torch.float64)
+    torch.testing.assert_close(features[1], torch.cat([angles.cos(), angles.sin()]))
+    many = unit_features(torch.arange(0, 3, 1 / 128, dtype=torch.float64), 64) / 32**0.5  # of length 1
+    steps = (many[1:] - many[:-1]).norm(dim=1) * 128
+    assert 4 < steps.min() <= steps.max() < 8  # the root mean square of the frequencies
+    assert torch.pdist(many).min() * 128 > 4, "no two numbers look the same"
 
 
 def test_look_up():

@@ -6,13 +6,15 @@ import math
 
 import pytest
 import torch
+from torch.func import jvp
 
-from cmtool.flow import EDM, VE, BoundaryEDM, Linear, LogRatio, PathTime, Trig, Velocity
+from cmtool.flow import EDM, VE, BoundaryEDM, Linear, LogRatio, PathTime, Piecewise, Trig, Velocity
 from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS
 
-PATHS = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99)]
-KINDS = [EDM(), BoundaryEDM(), Velocity(), EDM(sigma_data=1.3), BoundaryEDM(sigma_data=1.3)]
+PATHS = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(0.0, math.pi / 2)]
+KINDS = [EDM(), BoundaryEDM(), Piecewise(), Velocity(), EDM(sigma_data=1.3), BoundaryEDM(sigma_data=1.3)]
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.kind}-{path.t_min:.3g}")
+boundaries = pytest.mark.parametrize("kind", [BoundaryEDM(), Piecewise()], ids=lambda kind: kind.kind)
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.kind}-{getattr(kind, 'sigma_data', '')}")
 
 
@@ -88,8 +90,25 @@ def test_what_openai_tells_its_networks(t):
     assert float(EDM(time_input=PathTime(3.0)).noise(VE(), f64(t))) == pytest.approx(3 * t)
 
 
-def test_noise_is_finite_without_noise():
-    assert math.isfinite(float(EDM().noise(Linear(), torch.zeros(1))))
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [0.25, 250.0])
+def test_what_networks_are_told_is_finite_at_both_ends(path, dtype, scale):
+    """At t = 0 there is no noise, at t = 1 of the straight path nothing else."""
+    t = inside(path, dtype=dtype)
+    told, slope = jvp(lambda t: LogRatio(scale)(path, t), (t,), (torch.ones_like(t),))
+    assert bool(told.isfinite().all())
+    assert bool((told.diff() > 0).all())
+    assert bool(slope[1:].isfinite().all())  # at t = 0 of a path without noise ln t has none
+    inner = (path.ratio(t) > 1e-30) & (path.ratio(t) < 1e5)
+    torch.testing.assert_close(told[inner], scale * path.ratio(t[inner]).log(), rtol=1e-6, atol=1e-6 * scale)
+
+
+def test_the_floor_and_the_ceiling_of_the_log_ratio():
+    # 1e-44 is float32's smallest but one: any other number above it is told as it is
+    ends = LogRatio(1.0)(Linear(), torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == pytest.approx([math.log(1e-44), math.log(1e6)], abs=0.1)
+    assert LogRatio(1.0)(VE(), torch.tensor([1e-30])).tolist() == pytest.approx([math.log(1e-30)], rel=1e-6)
 
 
 @paths
@@ -104,13 +123,42 @@ def test_a_jump_to_where_one_is_keeps_every_bit(path, kind, dtype):
 
 
 @paths
+@boundaries
 @pytest.mark.parametrize("n", [1, 3, 8, 17, 64])
-def test_the_boundary_condition_holds_to_the_last_bit(path, n):
+def test_the_boundary_condition_holds_to_the_last_bit(path, kind, n):
     # in batches of any size: vectorised functions may round otherwise than those of a single number
     t = torch.full((n,), path.t_min)
-    for skip, out, _ in (BoundaryEDM().denoised(path, t), BoundaryEDM().jump(path, t, t)):
+    for skip, out, _ in (kind.denoised(path, t), kind.jump(path, t, t)):
         assert torch.equal(skip, torch.ones(n))
         assert torch.equal(out.abs(), torch.zeros(n))
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_piecewise_function_is_the_network_from_the_first_time_after_t_min_on(path, dtype):
+    """f = F, so skip = 0 and out = 1; on a path whose t_min scales the data, out is that scale."""
+    low = torch.tensor(path.t_min, dtype=dtype)
+    t = torch.stack([low, low.nextafter(low + 1), *inside(path, dtype=dtype)[1:]])
+    skip, out, inp = Piecewise().denoised(path, t)
+    inside_ = torch.ones_like(t)
+    inside_[0] = 0
+    assert torch.equal(skip, 1 - inside_)
+    assert torch.equal(out, inside_ * path.alpha(low))
+    assert torch.equal(inp, EDM().denoised(path, t).inp)  # the network's input is Karras et al.'s all the same
+    if path.alpha(low) == 1:
+        assert torch.equal(out, inside_)
+
+
+@paths
+@kinds
+def test_a_jump_to_t_min_is_the_estimate_of_a_consistency_function(path, kind):
+    """... and of a denoiser where t_min is free of noise."""
+    if not isinstance(kind, BoundaryEDM) and path.t_min > 0:
+        return
+    t = inside(path)
+    jump, denoised = kind.jump(path, t, torch.full_like(t, path.t_min)), kind.denoised(path, t)
+    for found, expected in zip(jump, denoised, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
 
 
 @paths
@@ -138,8 +186,8 @@ def test_the_jump_of_a_denoiser_is_ddim(path, kind):
 
 
 @paths
-def test_the_jump_of_a_consistency_function_follows_its_line(path):
-    kind = BoundaryEDM()
+@boundaries
+def test_the_jump_of_a_consistency_function_follows_its_line(path, kind):
     t = inside(path)[1:]
     s = path.t_min + (t - path.t_min) * torch.linspace(0, 1, len(t), dtype=t.dtype)
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +208,7 @@ def test_the_jump_of_a_consistency_function_follows_its_line(path):
 
 
 @pytest.mark.parametrize("path", [Linear(0.01, 0.99), Trig()], ids=lambda path: path.kind)
-@pytest.mark.parametrize("kind", [EDM(), BoundaryEDM()], ids=lambda kind: kind.kind)
+@pytest.mark.parametrize("kind", [EDM(), BoundaryEDM(), Piecewise()], ids=lambda kind: kind.kind)
 def test_all_paths_agree_at_equal_ratio(path, kind):
     """x_t / alpha is the VE sample at sigma / alpha: the estimate may not depend on how the path is drawn."""
     t = inside(path)

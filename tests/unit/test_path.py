@@ -11,7 +11,7 @@ from torch.autograd.functional import jvp
 from cmtool.flow.path import PATHS, VE, Linear, Trig
 from tests.oracles import GaussianOracle
 
-ALL = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(sigma_data=1.0)]
+ALL = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(sigma_data=1.0), Trig(0.0, math.pi / 2)]
 paths = pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.kind}-{path.t_max:.3g}")
 
 
@@ -43,6 +43,17 @@ def test_time_inverts_the_ratio_up_to_both_ends(path):
     t = inside(path)
     torch.testing.assert_close(path.time(path.ratio(t)), t, rtol=1e-12, atol=0)
     torch.testing.assert_close(path.ratio(t), path.sigma(t) / path.alpha(t), rtol=0, atol=0)
+
+
+@paths
+def test_also_in_float32_no_ratio_is_negative_or_undefined(path):
+    """The float32 next to pi / 2 lies above it, where cos is negative."""
+    t = inside(path).float()
+    ratio = path.ratio(t)
+    assert bool((ratio.diff() > 0).all())
+    assert float(ratio[0]) == pytest.approx(float(path.ratio(inside(path)[0])), rel=1e-6)
+    assert float(ratio[-1]) > 0.999 * min(float(path.ratio(inside(path)[-1])), 1e7)
+    torch.testing.assert_close(path.time(ratio), t, rtol=1e-5, atol=0)
 
 
 @paths
@@ -99,6 +110,63 @@ def test_transport_starts_with_the_ode_velocity(path):
     here, slope = jvp(lambda s: path.transport(x, denoised, t, s), (t,), (torch.ones_like(t),))
     torch.testing.assert_close(here, x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(slope, path.ode_velocity(x, denoised, t), rtol=1e-9, atol=1e-9)
+
+
+@paths
+def test_implied_is_the_inverse_of_transport(path):
+    """For every pair of times, the ends of the path among them: pure noise at t = 1 and pure data at s = 0."""
+    times = inside(path, 12)
+    pairs = torch.combinations(torch.arange(12))
+    s, t = times[pairs[:, 0]], times[pairs[:, 1]]
+    x_t, x_s = (normal(len(t), 3, 2, 2, seed=seed) for seed in (0, 1))
+    denoised = path.implied(x_t, x_s, t, s)
+    torch.testing.assert_close(path.transport(x_t, denoised, t, s), x_s, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(path.implied(x_t, path.transport(x_t, x_s, t, s), t, s), x_s, rtol=1e-9, atol=1e-9)
+    # of a noisy image on its way it is the image
+    x0, eps = normal(len(t), 2, seed=2), normal(len(t), 2, seed=3)
+    torch.testing.assert_close(path.implied(path.mix(x0, eps, t), path.mix(x0, eps, s), t, s), x0, rtol=1e-9, atol=1e-9)
+
+
+def test_implied_on_ve_is_the_published_target():
+    """Salimans and Ho (2022), eq. 8, in VE: (x_s - (s/t) x_t) / (1 - s/t) = x_t - t (x_s - x_t) / (s - t)."""
+    x_t, x_s, t, s = 20 * normal(1, 3), 5 * normal(1, 3, seed=1), torch.tensor([20.0]), torch.tensor([7.0])
+    torch.testing.assert_close(VE().implied(x_t, x_s, t, s), x_t - 20 * (x_s - x_t) / (7 - 20))
+
+
+@pytest.mark.parametrize("other", ALL, ids=lambda path: f"{path.kind}-{path.t_max:.3g}")
+@pytest.mark.parametrize("kind", [VE(), Linear(), Trig(), Trig(sigma_data=1.3)], ids=lambda path: path.kind)
+def test_like_has_the_ends_of_the_other(kind, other):
+    if isinstance(kind, VE) and other == Linear():
+        with pytest.raises(ValueError, match="t_max=inf"):  # pure noise is nowhere on VE
+            kind.like(other)
+        return
+    made = kind.like(other)
+    assert type(made) is type(kind)
+    assert getattr(made, "sigma_data", None) == getattr(kind, "sigma_data", None)
+    for found, wanted in ((made.t_min, other.t_min), (made.t_max, other.t_max)):
+        ratio = float(other.ratio(torch.tensor(wanted, dtype=torch.float64)))
+        there = float(made.ratio(torch.tensor(found, dtype=torch.float64)))
+        assert min(there, 1e12) == pytest.approx(min(ratio, 1e12), rel=1e-9)
+    back = other.like(made)
+    assert (back.t_min, back.t_max) == pytest.approx((other.t_min, other.t_max), rel=1e-12)
+
+
+def test_the_default_ends_of_trig_are_those_of_ve():
+    made = Trig().like(VE())
+    assert (made.t_min, made.t_max) == pytest.approx((Trig().t_min, Trig().t_max), rel=1e-12)
+    assert Trig().like(Linear()).t_max == pytest.approx(math.pi / 2)
+
+
+@paths
+def test_clamp_holds_times_between_the_ends(path):
+    low, high = path.t_min, path.t_max
+    t = torch.tensor([low - 1, low, (low + high) / 2, high, high + 1, math.inf], dtype=torch.float64)
+    expected = torch.tensor([low, low, (low + high) / 2, high, high, high], dtype=torch.float64)
+    assert torch.equal(path.clamp(t), expected)
+
+
+def test_the_usual_grid_of_a_path():
+    assert {kind: path.rho for kind, path in PATHS.items()} == {"ve": 7, "linear": 1, "trig": 1}
 
 
 def gains(path, s, t):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint
 from cmtool.io.run import RunFolder, read_config
+from cmtool.training.average import Exponential, Power
+from cmtool.training.recipe import Optimizer
 from tests.unit.test_trainer import CT_RECIPE, EDM_RECIPE, assert_same, run, trainer
 
 CONFIG = {"recipe": {"preset": "edm"}, "data": {"source": "digits"}}
@@ -50,11 +54,12 @@ def test_overwriting_removes_the_old_run_and_nothing_else(tmp_path):
     for name in (
         "model.safetensors",
         "metrics.jsonl",
+        "averages/power-0.1/step_0000001.safetensors",
         "checkpoints/step_0000001.pt",
         "samples/0000001.png",
         "notes.txt",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     folder.prepare({"recipe": {"preset": "ct"}}, overwrite=True)
     assert snapshot(tmp_path).keys() == {"config.json", "notes.txt"}
@@ -167,3 +172,128 @@ def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         folder.save(made)
     assert snapshot(tmp_path / "checkpoints") == before
+
+
+# Several averages.
+
+POWERS = replace(EDM_RECIPE, averages=(Exponential(0.5), Power(0.05), Power(0.2)), optimizer=Optimizer(lr=0.05))
+
+
+def stored(folder: RunFolder) -> dict[str, list[int]]:
+    return {name: list(files) for name, files in folder.averages().items()}
+
+
+def saved(folder: RunFolder, made, steps: int) -> None:
+    for _ in range(steps):
+        run(made, 1)
+        folder.save(made)
+
+
+def test_one_average_is_the_model_and_is_not_written_twice(tmp_path):
+    folder = RunFolder(tmp_path)
+    saved(folder, trainer(replace(EDM_RECIPE, averages=(Power(0.1),))), 1)
+    assert set(os.listdir(tmp_path)) == {"checkpoints", "model.safetensors"}
+    assert folder.averages() == {}
+
+
+def test_every_average_is_a_model_file_of_its_own(tmp_path):
+    folder = RunFolder(tmp_path)
+    made = trainer(POWERS)
+    expected = {}
+    for step in range(1, 4):
+        saved(folder, made, 1)
+        for name, (_, model) in made.averages.items():
+            expected[name, step] = {key: value.clone() for key, value in model.network.state_dict().items()}
+    # all of those that others can be made of, the newest of the others
+    assert stored(folder) == {"exponential-0.5": [3], "power-0.05": [1, 2, 3], "power-0.2": [1, 2, 3]}
+    names = {str(file.relative_to(tmp_path)) for files in folder.averages().values() for file in files.values()}
+    assert "averages/power-0.05/step_0000002.safetensors" in names
+    for name, files in folder.averages().items():
+        for step, file in files.items():
+            model = checkpoint.load(file)
+            assert model.card == replace(made.average.card, average=name, iterations=step)
+            half = name.startswith("power")
+            assert checkpoint.header(file)["dtypes"] == (["F16"] if half else ["F32"])
+            for key, value in expected[name, step].items():
+                torch.testing.assert_close(
+                    model.network.state_dict()[key], value, rtol=2**-11 if half else 0, atol=1e-7 if half else 0
+                )
+    # they are different weights, and the model is the first
+    loaded = [checkpoint.load(files[3]).network.state_dict() for files in folder.averages().values()]
+    for one, other in itertools.pairwise(loaded):
+        assert any((one[key] - other[key]).abs().max() > 1e-3 for key in one)
+    for key, value in checkpoint.load(tmp_path).network.state_dict().items():
+        assert torch.equal(value, loaded[0][key])
+    assert checkpoint.load(tmp_path).card.average == "exponential-0.5"
+
+
+def test_weights_that_half_precision_cannot_hold_are_kept_as_they_are(tmp_path):
+    folder = RunFolder(tmp_path)
+    made = trainer(POWERS)
+    run(made, 1)
+    _, large = made.averages["power-0.2"]
+    next(large.parameters()).view(-1)[0] = 1e5
+    folder.save(made)
+    files = {name: file for name, made in folder.averages().items() for file in made.values()}
+    assert checkpoint.header(files["power-0.2"])["dtypes"] == ["F32"]
+    assert checkpoint.header(files["power-0.05"])["dtypes"] == ["F16"]
+    assert next(checkpoint.load(files["power-0.2"]).parameters()).view(-1)[0] == 1e5
+
+
+def test_rewinding_drops_averages_that_will_be_made_again(tmp_path):
+    folder = RunFolder(tmp_path)
+    saved(folder, trainer(POWERS), 4)
+    (tmp_path / "averages" / "power-0.05" / "notes.txt").write_text("mine")
+    folder.rewind(2)
+    assert stored(folder) == {"power-0.05": [1, 2], "power-0.2": [1, 2]}
+    assert (tmp_path / "averages" / "power-0.05" / "notes.txt").exists()
+    folder.rewind(0)
+    assert folder.averages() == {}
+
+
+def test_a_continued_run_leaves_the_same_averages(tmp_path):
+    whole, parts = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "parts")
+    saved(whole, trainer(POWERS), 5)
+    first = trainer(POWERS)
+    saved(parts, first, 3)
+    run(first, 1)
+    second = trainer(POWERS)
+    second.load_state_dict(parts.latest())
+    parts.rewind(second.step)
+    saved(parts, second, 2)
+    assert stored(parts) == stored(whole)
+    for name, files in whole.averages().items():
+        for step, file in files.items():
+            one, other = checkpoint.load(file), checkpoint.load(parts.averages()[name][step])
+            assert one.card == other.card
+            for key, value in one.network.state_dict().items():
+                assert torch.equal(other.network.state_dict()[key], value)
+
+
+def test_a_failed_save_keeps_the_averages_that_were_there(tmp_path, monkeypatch):
+    """A run stopped here continues from step 2: what it had then must still be there."""
+    folder = RunFolder(tmp_path)
+    made = trainer(POWERS)
+    saved(folder, made, 2)
+    before = snapshot(tmp_path / "averages")
+    run(made, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        folder.save(made)
+    folder.rewind(folder.saved())
+    assert snapshot(tmp_path / "averages") == before
+
+
+def test_a_series_begins_anew_with_a_stage(tmp_path):
+    """Averages are restarted where a student becomes the teacher; older snapshots are averages of something else."""
+    folder = RunFolder(tmp_path)
+    made = trainer(POWERS)
+    made.objective.stage = lambda progress: (int(progress >= 0.5), progress)  # from the fourth step of six
+    saved(folder, made, 3)
+    assert stored(folder)["power-0.2"] == [1, 2, 3]
+    saved(folder, made, 2)
+    assert stored(folder) == {"exponential-0.5": [5], "power-0.05": [4, 5], "power-0.2": [4, 5]}

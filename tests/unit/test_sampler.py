@@ -10,14 +10,16 @@ import torch
 
 from cmtool.editing import AvgPool, Luma, Mask, project
 from cmtool.errors import UsageError
-from cmtool.flow import VE, Linear, Trig
+from cmtool.flow import EDM, VE, BoundaryEDM, Linear, Piecewise, Trig, Velocity
 from cmtool.sampler import check_times, default_times, sample
+from cmtool.solvers import DDIM, solve
 from cmtool.times import Karras
 from tests import models
-from tests.oracles import GaussianConsistency
+from tests.models import micro
+from tests.oracles import GaussianConsistency, GaussianOracle, MixtureOracle, learned
 
-PATHS = [VE(), Linear(t_min=0.002, t_max=0.99), Trig()]
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
+PATHS = [VE(), Linear(t_min=0.002, t_max=0.99), Linear(), Trig(), Trig(0.0, math.pi / 2)]
+paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.kind}-{path.t_max:.3g}")
 TIMES = {1: [1.0], 2: [1.0, 0.4], 5: [1.0, 0.8, 0.55, 0.3, 0.1]}  # shares of the grid's coordinate, from t_min up
 
 
@@ -104,8 +106,6 @@ def test_clipping_is_in_the_loop_and_can_be_left_out():
 
 
 def test_labels_reach_the_network():
-    from tests.models import micro
-
     model = models.model(config=micro(num_classes=3))
     x, times = 80 * draws((2, 3, 8, 8))(0), torch.tensor([80.0])
     ends = [
@@ -122,6 +122,155 @@ def test_times_must_decrease(times):
     model = GaussianConsistency(VE())
     with pytest.raises(ValueError, match="decrease"):
         next(sample(model, torch.zeros(1, 1, 1, 1), torch.tensor(times), noise=draws((1, 1, 1, 1))))
+
+
+# Landing on the next time.
+
+
+def silence(i):
+    raise AssertionError("there is no noise in landing on the next time")
+
+
+def ahead(model, x, times, **options):
+    """The states of a loop that lands on the next time."""
+    return list(sample(model, x, times, noise=silence, landing="next", **options))
+
+
+def kept(path):
+    return torch.tensor([path.t_min], dtype=torch.float64)
+
+
+@paths
+@pytest.mark.parametrize("steps", [1, 2, 5, 17])
+def test_the_exact_flow_map_ends_at_the_end_of_the_ode_in_any_number_of_steps(path, steps):
+    exact = GaussianOracle(path, 0.3, 0.5)
+    times = Karras(path.rho).times(path, steps + 1)[:-1].double()
+    x = exact.draw(path.t_max, 50, dtype=torch.float64)
+    expected = exact.jump(x, times[:1].expand(50), kept(path).expand(50))
+    models_ = [exact, GaussianConsistency(path, 0.3, 0.5), learned(exact, EDM(), two_times=True)]
+    for model in [*models_, learned(exact, Velocity(), two_times=True)]:
+        states = ahead(model, x, times, clip=False)
+        torch.testing.assert_close(states[-1].denoised, expected, rtol=1e-5, atol=1e-5)
+        assert [state.step for state in states] == list(range(1, steps + 1))
+        for state, t in zip(states, times, strict=True):  # on the way it stays on the ODE
+            at = t.expand(50)
+            torch.testing.assert_close(state.x, exact.jump(x, times[:1].expand(50), at), rtol=1e-5, atol=1e-5)
+    # a model that is not told where it lands is a denoiser, and needs many steps
+    rough = ahead(learned(exact, EDM()), x, times, clip=False)[-1].denoised
+    assert float((rough - expected).abs().max()) > (0.1 if steps < 3 else 0.01)
+
+
+@paths
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", [EDM(), Velocity()], ids=lambda kind: kind.kind)
+def test_a_denoiser_that_lands_on_the_next_time_is_ddim(path, clip, kind):
+    oracle = MixtureOracle(path, means=(-1.2, 0.1, 0.9))
+    model = learned(oracle, kind)
+    times = Karras(path.rho).times(path, 8)[:-1].double()
+    x = 1.3 * path.sigma(times[0]) * draws((100, 1, 1, 1), dtype=torch.float64)(0)
+
+    def denoise(x, t):
+        estimate = oracle.denoised(x, t)
+        return estimate.clamp(-1, 1) if clip else estimate
+
+    solved = list(solve(DDIM(), denoise, path, x, torch.cat([times, kept(path)])))
+    states = ahead(model, x, times, clip=clip)
+    close = {"rtol": 1e-6, "atol": 1e-6}
+    for state, before in zip(states[1:], solved, strict=False):
+        torch.testing.assert_close(state.x, before.x, **close)
+    for state in states[:-1]:  # shown is the clean image that is held fixed
+        torch.testing.assert_close(state.denoised, denoise(state.x, torch.full((100,), state.t).double()), **close)
+    end = solved[-1].x.clamp(-1, 1) if clip else solved[-1].x
+    torch.testing.assert_close(states[-1].denoised, end, **close)
+    assert bool((oracle.denoised(states[-1].x, times[-1:].expand(100)).abs() > 1).any())  # the clip has work to do
+
+
+@pytest.mark.parametrize("path", PATHS[:3], ids=lambda path: f"{path.kind}-{path.t_max:.3g}")
+@pytest.mark.parametrize("op", ["mask", "luma", "pool"])
+def test_a_constraint_projects_the_clean_image_of_every_step(path, op):
+    op = {"mask": Mask(HOLE.double() > 0), "luma": Luma(), "pool": AvgPool(2)}[op]
+    model = models.model("denoiser", path=path).double()
+    y = op.A(draws((1, 3, 8, 8), seed=3, dtype=torch.float64)(0).clamp(-1, 1) / 2)
+    times = Karras(path.rho).times(path, 5)[:-1].double()
+    x = path.sigma(times[0]) * draws((4, 3, 8, 8), dtype=torch.float64)(0)
+
+    def constrain(x0):
+        return project(op, x0, y)
+
+    states = ahead(model, x, times, constrain=constrain)
+    for t, s, state in zip(times, [*times[1:], kept(path)[0]], states, strict=True):
+        torch.testing.assert_close(state.x, x)
+        torch.testing.assert_close(op.A(state.denoised), y.expand(4, *y.shape[1:]), rtol=0, atol=1e-9)
+        held = constrain(model.denoised(x, t.expand(4)).clamp(-1, 1))
+        moved = path.transport(x, held, t.expand(4), s.expand(4))
+        expected = constrain(moved.clamp(-1, 1)) if state is states[-1] else held
+        torch.testing.assert_close(state.denoised, expected, rtol=1e-9, atol=1e-9)
+        x = moved
+
+
+@paths
+@pytest.mark.parametrize("kind", [BoundaryEDM(), Piecewise()], ids=lambda kind: kind.kind)
+def test_for_a_consistency_model_it_is_the_deterministic_view(path, kind):
+    """x' = (x - f) / (t - t_min) in VE's coordinates, solved exactly while f is held fixed; the end is f itself."""
+    model = learned(GaussianConsistency(path, 0.3, 0.5), kind)
+    times = Karras(path.rho).times(path, 6)[:-1].double()
+    if float(path.alpha(times[0])) < 1e-6:
+        times = times[1:]  # pure noise has no coordinates on VE
+    x = model.path.sigma(times[0]) * draws((20, 1, 1, 1), dtype=torch.float64)(0)
+    states = ahead(model, x, times, clip=False)
+    low = kept(path)
+    for t, s, state in zip(times, [*times[1:], low[0]], states, strict=True):
+        torch.testing.assert_close(state.x, x, rtol=1e-9, atol=1e-9)
+        f = model.denoised(x, t.expand(20)) / path.alpha(low)
+        share = (path.ratio(s) - path.ratio(low)) / (path.ratio(t) - path.ratio(low))
+        x = path.alpha(s) * (f + share * (x / path.alpha(t) - f))
+    torch.testing.assert_close(states[-1].denoised, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(states[-1].denoised, model.denoised(states[-1].x, times[-1:].expand(20)))
+
+
+@paths
+def test_many_of_its_steps_double_the_spread_of_gaussian_data(path):
+    """Which is why the stochastic form is the default: f is where the ODE ends, no denoiser that says where it goes.
+
+    On VE with t_min -> 0 the solution of x' = (x - f) / t, f = m + s / sqrt(s^2 + t^2) (x - m), is
+    x_0 - m = (2 s / t) exp(-asinh(s / t)) (x_t - m), close to 2 s (x_t - m) / t.
+    """
+    model = learned(GaussianConsistency(path, 0.0, 0.1), BoundaryEDM())
+    x = path.sigma(torch.tensor(path.t_max)) * torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    spread = {}
+    for steps in (1, 4, 2000):
+        times = Karras(7.0).times(path, steps + 1)[:-1].double()
+        spread[steps] = float(ahead(model, x, times, clip=False)[-1].denoised)
+    assert spread[1] == pytest.approx(0.1, rel=0.03)
+    assert 0.102 < spread[4] < 0.18
+    assert spread[2000] == pytest.approx(0.2, rel=0.05)
+
+
+@paths
+def test_one_step_is_one_jump_however_it_lands(path):
+    model = models.model(path=path, config=micro(num_classes=3))
+    x, times = path.sigma(torch.tensor(path.t_max)) * draws((3, 3, 8, 8))(0), default_times(model, 1)
+    labels = torch.tensor([0, 2, 1])
+    ends = [
+        last(sample(model, x, times, noise=silence, labels=labels, landing=landing)).denoised
+        for landing in ("t_min", "next")
+    ]
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ends[0], model.jump(x, times.expand(3), torch.full((3,), path.t_min), labels).clamp(-1, 1)
+    )
+    other = ahead(model, x, times, labels=labels.flip(0))[-1].denoised
+    assert not torch.equal(other[0], ends[1][0])
+
+
+@paths
+def test_a_last_point_at_t_min_changes_nothing(path):
+    exact = GaussianOracle(path, 0.3, 0.5)
+    times = Karras(path.rho).times(path, 4).double()
+    x = exact.draw(path.t_max, 20, dtype=torch.float64)
+    whole, short = ahead(exact, x, times), ahead(exact, x, times[:-1])
+    torch.testing.assert_close(whole[-1].denoised, short[-1].denoised, rtol=0, atol=0)
+    assert len(whole) == 4
 
 
 # With a constraint. For independent Gaussian pixels and these operators the loop is exact too: what is known is y, and
@@ -186,6 +335,15 @@ def test_otherwise_they_are_spread_over_the_models_grid(path, grid_points):
 
 
 @paths
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_jumps_that_land_on_the_next_time_take_a_grid_of_their_own(path, steps):
+    model = models.model(path=path, grid_rho=path.rho, times={str(steps): (path.t_max,)})
+    grid = Karras(path.rho).times(path, steps + 1)
+    assert torch.equal(default_times(model, steps, "next"), grid[:-1])
+    assert default_times(model, steps, "t_min").tolist() == pytest.approx([path.t_max])
+
+
+@paths
 def test_both_ends_of_the_path_are_allowed(path):
     ends = torch.tensor([path.t_max, path.t_min])
     assert torch.equal(check_times(models.model(path=path), ends), ends)
@@ -210,6 +368,7 @@ def test_times_a_model_cannot_use_are_named(times, words):
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_at_least_one_step(steps):
+@pytest.mark.parametrize("landing", ["t_min", "next"])
+def test_at_least_one_step(steps, landing):
     with pytest.raises(UsageError, match="at least 1"):
-        default_times(models.model(), steps)
+        default_times(models.model(), steps, landing)

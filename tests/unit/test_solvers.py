@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cmtool.flow import VE, Linear, Trig
-from cmtool.solvers import SOLVERS, Churn, DPMSolver2, Euler, Heun, solve
+from cmtool.solvers import DDIM, SOLVERS, Churn, DPMSolver2, Euler, Heun, solve
 from cmtool.times import Karras
 from tests.oracles import GaussianOracle, MixtureOracle
 
@@ -81,7 +81,7 @@ def test_a_solution_may_end_without_noise(path, kind):
     end = last(solve(SOLVERS[kind](), oracle.denoised, path, x, times))
     assert end.nfe == (21 if kind == "heun" else 11 * SOLVERS[kind].calls)
     exact = oracle.jump(x, times[:1].expand(50), times[-1:].expand(50))
-    torch.testing.assert_close(end.x, exact, rtol=0, atol={"euler": 0.6, "heun": 0.2, "dpm2": 0.1}[kind])
+    torch.testing.assert_close(end.x, exact, rtol=0, atol={"euler": 0.6, "ddim": 0.6, "heun": 0.2, "dpm2": 0.1}[kind])
 
 
 def test_a_step_to_no_noise_is_finite_in_a_batch_where_others_are_not():
@@ -92,6 +92,52 @@ def test_a_step_to_no_noise_is_finite_in_a_batch_where_others_are_not():
         assert bool(found.isfinite().all())
         torch.testing.assert_close(found[:1], Euler().step(denoise, path, x[:1], t[:1], s[:1]))
         torch.testing.assert_close(found[1:], Heun().step(denoise, path, x[1:], t[1:], s[1:]))
+
+
+@paths
+def test_ddim_is_exact_where_the_estimate_is_constant(path):
+    """x_t = alpha_t D + sigma_t eps stays so at every s, one without noise and t_max included."""
+    clean, eps = normal(4, 3, 2, 2), normal(4, 3, 2, 2, seed=1)
+    t = torch.tensor([path.t_max, path.t_max, 0.7, 0.5], dtype=torch.float64)
+    s = torch.tensor([path.t_min, 0.3, 0.1, 0.0], dtype=torch.float64)
+    found = DDIM().step(lambda x, t: clean, path, path.mix(clean, eps, t), t, s)
+    torch.testing.assert_close(found, path.mix(clean, eps, s), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[3], clean[3], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [VE(), Linear()], ids=lambda path: path.kind)
+def test_ddim_is_euler_where_the_path_is_straight(path):
+    x = normal(3, 4)
+    t, s = torch.tensor([[1.0, 0.5, 0.9], [0.4, 0.1, 0.01]], dtype=torch.float64)
+    expected = Euler().step(denoise, path, x, t, s)
+    torch.testing.assert_close(DDIM().step(denoise, path, x, t, s), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_ddim_on_the_circle_is_a_rotation():
+    """TrigFlow: x_s = cos(t - s) x - sin(t - s) sigma_data F. Lu and Song (2024), arXiv:2410.11081, section 3."""
+    path, x, raw = Trig(), normal(3, 4), normal(3, 4, seed=1)
+    t, s = torch.tensor([[1.5, 0.5, 0.9], [1.1, 0.0, 0.004]], dtype=torch.float64)
+    at, gap = t[:, None], (t - s)[:, None]
+    clean = at.cos() * x - at.sin() * 0.5 * raw
+    found = DDIM().step(lambda x, t: clean, path, x, t, s)
+    torch.testing.assert_close(found, gap.cos() * x - gap.sin() * 0.5 * raw, rtol=1e-12, atol=1e-12)
+
+
+@solvers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_of_a_straight_path(kind, dtype):
+    """From t = 1, where there is no signal, to t = 0, where there is no noise and a logarithm of it is infinite."""
+    clean, eps = normal(4, 1, 2, 2).to(dtype), normal(4, 1, 2, 2, seed=1).to(dtype)
+
+    def told(x, t):
+        return clean + 0 * t.log()[:, None, None, None]  # NaN at t = 0
+
+    for num in (2, 3, 9):
+        times = Karras(1.0).times(Linear(), num).to(dtype)
+        state = last(solve(SOLVERS[kind](), told, Linear(), eps, times))
+        torch.testing.assert_close(state.x, clean, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+        step = SOLVERS[kind]().step(told, Linear(), eps, times[:1].expand(4), times[-1:].expand(4))
+        torch.testing.assert_close(step, clean, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 # Orders of convergence.

@@ -156,7 +156,7 @@ def test_set(path, text, value):
         ("averages", "half_life,adm", ["'adm'"]),
         ("averages.2.images", "7", ["'2'", "0 to 0"]),
         ("averages.x.images", "7", ["'x'"]),
-        ("averages.0", "7", ["images"]),
+        ("averages.0", "7", ["half_life"]),
         ("network.channel_mult", "1,2,0", ["channel_mult"]),
         ("path.t_max", "0.001", ["t_min"]),
         ("", "1", ["''"]),

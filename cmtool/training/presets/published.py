@@ -1,62 +1,16 @@
-"""Presets: one function a method, returning the whole recipe as data.
-
-A docstring's first line is the summary, its body the source, the published values and what we measured; `cmtool presets
-show` prints it. Nothing here imports torch until a recipe is made, so that names can be listed and checked at once.
-"""
+"""The recipes of the papers, at their own scale. None was measured here: they take days of GPUs."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cmtool.errors import ConfigError, nearest
-from cmtool.networks.configs import Config, small
+from cmtool.errors import ConfigError
+from cmtool.networks.configs import Config
+from cmtool.training.presets.shape import Shape
 
 if TYPE_CHECKING:
     from cmtool.training.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the data (and the teacher, if there is one) fix before a recipe is chosen."""
-
-    resolution: int = 32
-    channels: int = 3
-    num_classes: int = 0
-    network: Config | None = None  # the teacher's: a student starts as its copy, ...
-    path: Any = None  # ... on its path ...
-    parameterization: Any = None  # ... and is told the time the same way
-
-    def small(self) -> Config:
-        """The teacher's network, else the small one for these images."""
-        return self.network or small(self.resolution, self.channels, self.num_classes)
-
-
-def edm(shape: Shape) -> Recipe:
-    """Denoising diffusion teacher, class-conditional when the data has classes.
-
-    Karras et al. (2022), arXiv:2206.00364: their preconditioning, weight snr + 1 / sigma_data^2, log-normal sigma.
-    Scaled for minutes on a CPU: a small network, large steps that fall to zero along a cosine, and ln sigma ~
-    N(-0.6, 1.3^2) instead of N(-1.2, 1.2^2): more of the high noise, where a small image's content is decided.
-
-    Measured on digits:train (2 CPU cores with AMX, 2026-11-21): 226 s; 97.8 % of 1,000 samples (Heun, 18 steps;
-    one run) show the class asked for, muddiness 1.16 times that of real digits.
-    """
-    from cmtool.times import LogNormal
-    from cmtool.training.average import HalfLife
-    from cmtool.training.recipe import Optimizer
-
-    return _edm(
-        "edm",
-        shape.small(),
-        times=LogNormal(-0.6, 1.3),
-        optimizer=Optimizer(rule="adam", lr=2e-3, betas=(0.9, 0.99), warmup=10_000, final=0.01),
-        averages=(HalfLife(images=20_000, ramp_up=0.1),),
-        iterations=900,
-        batch=128,
-    )
 
 
 def edm_cifar10(shape: Shape) -> Recipe:
@@ -120,38 +74,6 @@ def edm_lsun256(shape: Shape) -> Recipe:
         batch=2048,
         flip=True,
         noise_scale=250.0,
-    )
-
-
-def cd(shape: Shape) -> Recipe:
-    """Consistency distillation from a diffusion teacher, with a Heun step between neighbours.
-
-    Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target. Scaled for minutes on a CPU: N = 10
-    (no better and no worse than 18 in a short run) and squared l2 with the weight snr + 1 / sigma_data^2, under which
-    an error of the network's raw output counts alike at all levels, as in its teacher. Chosen by a short search on
-    digits, in `examples/LOG.md`.
-
-    Measured on digits:train from the `edm` teacher (2 CPU cores with AMX, 2026-11-21): 267 s; 97.1 % of 1,000 one-step
-    samples (one run) show the class asked for, muddiness 1.36 times that of real digits.
-    """
-    from cmtool.training.average import HalfLife
-    from cmtool.training.distances import L2
-    from cmtool.training.recipe import Optimizer
-    from cmtool.training.targets import Online
-    from cmtool.training.weights import Karras
-
-    return _cd(
-        "cd",
-        shape,
-        shape.small(),
-        num=10,
-        target=Online(),
-        distance=L2(),
-        weight=Karras(),
-        optimizer=Optimizer(lr=1e-3, warmup=10_000, final=0.01),
-        averages=(HalfLife(images=20_000, ramp_up=0.1),),
-        iterations=600,
-        batch=128,
     )
 
 
@@ -237,34 +159,6 @@ def cd_lsun256(shape: Shape) -> Recipe:
         flip=True,
         noise_scale=250.0,
         two_step=4.365562,  # index 17 of 40
-    )
-
-
-def ct(shape: Shape) -> Recipe:
-    """Consistency training without a teacher, with the growing grid N(k) and the target average mu(k).
-
-    Song et al. (2023), arXiv:2303.01469, algorithm 3 and appendix C. Scaled for minutes on a CPU: N ends at 10 and
-    mu0 = 0.1, so that the target follows within tens of steps; distance and weight of `cd`.
-
-    Measured on digits:train (one CPU core with AMX, 2026-11-21): 600 steps at 270 images/s; 95.7 % of 1,000 one-step
-    samples (one run) show the class asked for, muddiness 1.43 times that of real digits.
-    """
-    from cmtool.training.average import HalfLife
-    from cmtool.training.distances import L2
-    from cmtool.training.recipe import Optimizer
-    from cmtool.training.weights import Karras
-
-    return _ct(
-        "ct",
-        shape.small(),
-        s1=9,
-        mu0=0.1,
-        distance=L2(),
-        weight=Karras(),
-        optimizer=Optimizer(lr=1e-3, warmup=10_000, final=0.01),
-        averages=(HalfLife(images=20_000, ramp_up=0.1),),
-        iterations=600,
-        batch=128,
     )
 
 
@@ -430,35 +324,3 @@ def _openai_averages() -> tuple[Any, ...]:
 
     # The last is a half-life of 50M images at batch 4096; the first of the list is what is exported.
     return (Exponential(0.9999432189950708), Exponential(0.9999), Exponential(0.999))
-
-
-PRESETS: dict[str, Callable[[Shape], Recipe]] = {
-    "edm": edm,
-    "edm-cifar10": edm_cifar10,
-    "edm-imagenet64": edm_imagenet64,
-    "edm-lsun256": edm_lsun256,
-    "cd": cd,
-    "cd-cifar10": cd_cifar10,
-    "cd-imagenet64": cd_imagenet64,
-    "cd-lsun256": cd_lsun256,
-    "ct": ct,
-    "ct-cifar10": ct_cifar10,
-    "ct-imagenet64": ct_imagenet64,
-    "ct-lsun256": ct_lsun256,
-}
-
-
-def preset(name: str) -> Callable[[Shape], Recipe]:
-    """The preset of this name.
-
-    Raises:
-        ConfigError: unknown names, with the nearest ones.
-    """
-    if name not in PRESETS:
-        raise ConfigError(f"there is no preset {name!r}", nearest(name, PRESETS))
-    return PRESETS[name]
-
-
-def summary(name: str) -> str:
-    """The first line of a preset's docstring."""
-    return (inspect.getdoc(preset(name)) or "").splitlines()[0]

@@ -1,0 +1,147 @@
+"""`cmtool pairs`: noise and the images it leads to, to train on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cmtool.cli import console, images, options
+from cmtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cmtool.generate import Generated
+    from cmtool.sampler import Landing
+
+SOLVERS = tuple(name for name in options.SOLVERS if name != "ancestral")
+SEEDS = "0-9999"
+
+
+def pairs(
+    model: options.Model,
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The file of pairs, an .npz.")],
+    count: Annotated[
+        int | None, typer.Option("--count", "-n", metavar="N", min=1, help="How many: the seeds 0 to N-1.")
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds",
+            metavar="LIST",
+            help=f"Or these seeds. [default: {SEEDS}]",
+            **options.parsed(options.parse_seeds),
+        ),
+    ] = None,
+    labels: options.Labels = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            "--solver",
+            help="How to solve the ODE. [default: heun for a diffusion model]",
+            **options.one_of("--solver", SOLVERS, "ancestral"),
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps", metavar="N", min=1, help="Steps of the solver [default: 18]; without one, jumps [default: 1]."
+        ),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option("--guidance", metavar="W", help="Scale of classifier-free guidance; 1 is none.")
+    ] = 1.0,
+    batch: options.Batch = None,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Solve a model's ODE, once a seed, into a file of (image, noise) pairs for ReFlow.
+
+    Training on the file (--data pairs.npz) straightens the paths from noise to images. The images are those that
+    cmtool sample makes of the same seeds, kept finer than in 8 bits and clamped to the image range; the noise is kept
+    as its seed. A consistency model jumps instead, never with fresh noise on the way, or takes a --solver.
+    """
+    if count is not None and seeds is not None:
+        raise UsageError("--count and --seeds say the same thing twice", "give one of the two")
+    wanted = options.parse_seeds(f"0-{count - 1}" if count is not None else seeds or SEEDS)
+    _check_out(out)
+    if not math.isfinite(guidance):
+        raise UsageError(f"--guidance {guidance:g} is not a finite number", "for example --guidance 2")
+    if solver == "ancestral":
+        raise UsageError(
+            "ancestral sampling adds noise on the way, and the image would not belong to its start alone",
+            "take --solver heun, or another for the ODE",
+        )
+
+    from cmtool.generate import generate
+    from cmtool.io.pairs import About, write_pairs
+
+    flow = images.load_model(model, device=device, precision=precision)
+    card = flow.card
+    if card.role == "denoiser":
+        solver = solver or "heun"
+    steps = steps or (18 if solver else 1)
+    # To jump on from where the last jump landed is the model's own ODE; to renoise, as sampling does, is not.
+    landing: Landing | None = "next" if solver is None and steps > 1 else None
+    made = generate(
+        flow,
+        wanted,
+        steps=steps,
+        labels=images.labels(flow, labels),
+        solver=solver,
+        landing=landing,
+        guidance=guidance,
+        batch=batch,
+    )
+    classes = card.class_names or tuple(str(label) for label in range(card.num_classes))
+    about = About(str(model), solver or "jump", steps, guidance, classes, card.licence)
+    with _terminable(), console.progress("pairs", len(wanted)) as update:
+        write_pairs(out, len(wanted), _shown(made, update), about)
+    console.note(f"{len(wanted):,} pairs {about.summary()}")
+    if as_json:
+        told = {"pairs": out, "count": len(wanted), "shape": list(card.image_shape)}
+        console.emit_json(told | dataclasses.asdict(about))
+    else:
+        console.emit_line(out)
+
+
+def _check_out(out: str) -> None:
+    """Refuse a place that could not be written, before any work is done."""
+    if out == "-":
+        raise UsageError("--out -: pairs do not go through a pipe", "name a file, such as pairs.npz")
+    if Path(out).suffix.lower() != ".npz":
+        raise UsageError(f"--out {out}: pairs are an .npz", "end the name in .npz")
+    if os.path.isdir(out):
+        raise UsageError(f"--out {out} is a folder", "name a file, such as pairs.npz")
+
+
+def _shown(made: Iterable[Generated], update: console.Update) -> Iterator[tuple[Sequence[int], Tensor | None, Tensor]]:
+    """The batches as they come, telling `update` what is written."""
+    done = 0
+    for part in made:
+        yield part.seeds, part.labels, part.images
+        done += len(part.seeds)
+        update(done)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, so that no half-written file stays behind."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # outside the main thread there are no handlers to set
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

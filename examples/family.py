@@ -1,0 +1,282 @@
+"""The whole family, side by side: every method with the same network, data, batches and number of steps.
+
+On a 2-D mixture of Gaussians, whose denoiser and probability-flow ODE are known, and on handwritten digits.
+
+    python examples/family.py --on mixture              one table; about 15 minutes on one core
+    python examples/family.py --on digits               the other; about an hour and a half on one core
+    python examples/family.py --on mixture --short      a few steps of each: does everything run?
+
+Results are kept in --out as they come (results.jsonl), and what is there is not run again. Every method runs with its
+preset as it is; only network, number of steps and batch are set here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cmtool import precision
+from cmtool.flow import VE, FlowMap, ModelCard
+from cmtool.generate import generate
+from cmtool.io import checkpoint
+from cmtool.io.data import open_data
+from cmtool.io.images import grid, to_uint8, write_image
+from cmtool.networks.configs import MLPConfig, small
+from cmtool.solvers import Heun, solve
+from cmtool.times import Karras
+from cmtool.training.presets import PRESETS, Shape
+from cmtool.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: a preset, and the rows it starts from or follows."""
+
+    name: str
+    preset: str
+    teacher: str | None = None
+    init: str | None = None
+    solver: str | None = None  # how it is sampled, where it is not by its own jumps
+
+
+TEACHERS = (Method("edm", "edm", solver="heun"), Method("flow", "flow", solver="heun"))
+METHODS = (
+    Method("ct", "ct"),
+    Method("ict", "ict"),
+    Method("ect", "ect", init="edm"),
+    Method("tcm", "tcm", init="ect"),
+    Method("sct", "sct"),
+    Method("ct-continuous", "ct-continuous", init="edm"),
+    Method("flow-ct", "flow-ct"),
+    Method("meanflow", "meanflow"),
+    Method("shortcut", "shortcut"),
+    Method("cd", "cd", teacher="edm"),
+    Method("cd-continuous", "cd-continuous", teacher="edm"),
+    Method("scd", "scd", teacher="edm"),
+    Method("direct", "direct", teacher="edm"),
+    Method("pd", "pd", teacher="edm"),
+    Method("flow-cd", "flow-cd", teacher="flow"),
+    Method("reflow", "reflow", teacher="flow", solver="euler"),
+    Method("meanflow, distilled", "meanflow", teacher="flow"),
+)
+
+
+class Mixture:
+    """Eight Gaussians on a ring, equally likely: data for the trainer, its exact denoiser, its exact ODE."""
+
+    def __init__(self, count: int = 50_000, radius: float = 0.7, std: float = 0.05) -> None:
+        angles = torch.arange(8) * (2 * math.pi / 8)
+        self.centres, self.std = radius * torch.stack([angles.cos(), angles.sin()], 1).double(), std
+        self.points = self.draw(count, seed=0)
+
+    def draw(self, count: int, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        which = torch.randint(8, (count,), generator=generator)
+        return (self.centres[which] + self.std * torch.randn(count, 2, generator=generator)).float()
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, None]:
+        return self.points[indices][:, :, None, None], None
+
+    def denoise(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x0 | x0 + t eps = x]."""
+        variance = self.std**2 + t[:, None] ** 2
+        offset = x.flatten(1)[:, None] - self.centres
+        share = (-(offset**2).sum(2) / (2 * variance)).softmax(1)
+        return (share[..., None] * (self.centres + self.std**2 / variance[..., None] * offset)).sum(1)[:, :, None, None]
+
+    def ends(self, eps: Tensor, steps: int = 1024) -> Tensor:
+        """Where the probability-flow ODE takes noise eps [N, 2, 1, 1] from sigma = 80 to 0.002; float64."""
+        times = Karras().times(VE(), steps + 1)
+        for state in solve(Heun(), self.denoise, VE(), 80 * eps.double(), times):
+            last = state.x
+        return last
+
+
+def sliced_wasserstein(a: Tensor, b: Tensor, projections: int = 256) -> float:
+    """Root mean square over directions of the 1-D Wasserstein-2 distance of two samples [N, 2]."""
+    angles = torch.arange(projections) * (math.pi / projections)
+    directions = torch.stack([angles.cos(), angles.sin()])
+    ordered = [(x.double() @ directions.double()).sort(0).values for x in (a, b)]
+    return float((ordered[0] - ordered[1]).square().mean().sqrt())
+
+
+class OnMixture:
+    """How a method does on the mixture."""
+
+    iterations, batch = 4000, 256
+
+    def __init__(self) -> None:
+        self.data = Mixture()
+        self.network = MLPConfig(in_channels=2, out_channels=2)
+        self.card = ModelCard("denoiser", resolution=1, channels=2)
+        self.seeds = range(10_000)
+        self.real = self.data.draw(len(self.seeds), seed=1)
+        self.compute = None
+
+    def prepare(self) -> dict[str, float]:
+        """What the numbers are to be compared with."""
+        from cmtool import rng
+
+        self.exact = self.data.ends(rng.noise(list(self.seeds), (2, 1, 1)))
+        coarse = self.data.ends(rng.noise(list(self.seeds), (2, 1, 1)), 512)
+        floors = [sliced_wasserstein(self.data.draw(len(self.seeds), seed), self.real) for seed in range(2, 12)]
+        return {
+            "two samples of the mixture": float(np.mean(floors)),
+            "the exact ODE": sliced_wasserstein(self.exact.flatten(1), self.real),
+            "what the exact ODE's own solution is off by": float((self.exact - coarse).square().sum(1).mean().sqrt()),
+        }
+
+    def shape(self) -> Shape:
+        return Shape(1, 2, 0, network=self.network)
+
+    def judge(self, images: Tensor, file: Path) -> dict[str, float]:
+        off = (images.double() - self.exact).square().sum((1, 2, 3))
+        return {"distance": sliced_wasserstein(images.flatten(1), self.real), "ode_error": float(off.mean().sqrt())}
+
+
+class OnDigits:
+    """How a method does on digits."""
+
+    iterations, batch = 600, 128
+
+    def __init__(self) -> None:
+        from digits_judge import Judge
+
+        self.data = open_data("digits:train")
+        self.network = small(16, 3, 10)
+        self.card = ModelCard("denoiser", resolution=16, channels=3, num_classes=10)
+        self.seeds = range(1000)
+        self.judge_of_digits = Judge()
+        self.compute = precision.compute_dtype("auto", torch.device("cpu"))
+
+    def prepare(self) -> dict[str, float]:
+        real = self.judge_of_digits.real
+        return {"class agreement of held-out real digits": real.agreement, "their muddiness": real.muddiness}
+
+    def shape(self) -> Shape:
+        return Shape(16, 3, 10, network=self.network)
+
+    def judge(self, images: Tensor, file: Path) -> dict[str, float]:
+        pictures = to_uint8(images)
+        write_image(file, grid(pictures[:100], columns=10))
+        labels = np.arange(len(images)) % 10
+        verdict = self.judge_of_digits(pictures.permute(0, 2, 3, 1).numpy(), labels)
+        return {"agreement": verdict.agreement, "muddiness": verdict.muddiness / self.judge_of_digits.real.muddiness}
+
+
+Problem = OnMixture | OnDigits
+
+
+def shape_for(problem: Problem, start: FlowMap | None, distils: bool) -> Shape:
+    shape = problem.shape()
+    if start is not None:
+        network = start.network.config
+        shape = replace(shape, network=network, path=start.path, parameterization=start.parameterization)
+    return replace(shape, distils=distils)
+
+
+def train(
+    problem: Problem, method: Method, models: Callable[[str], FlowMap], short: bool
+) -> tuple[FlowMap, float, float]:
+    """The trained model, its seconds, and the last losses."""
+    teacher = models(method.teacher) if method.teacher else None
+    init = models(method.init) if method.init else None
+    recipe = PRESETS[method.preset](shape_for(problem, init or teacher, teacher is not None))
+    recipe = replace(recipe, iterations=24 if short else problem.iterations, batch=problem.batch)
+    trainer = Trainer(recipe, problem.data, problem.card, teacher=teacher, init=init, compute_dtype=problem.compute)
+    start, losses = time.perf_counter(), []
+    for report in trainer.run():
+        losses.append(float(report.loss))
+    return trainer.average, time.perf_counter() - start, float(np.mean(losses[-50:]))
+
+
+def evaluate(problem: Problem, method: Method, model: FlowMap, folder: Path) -> dict[str, float]:
+    """The judgement of one-step and two-step samples; of a teacher's, with 18 steps of Heun's solver."""
+    found: dict[str, float] = {}
+    labels = list(range(10)) if model.card.num_classes else None
+    steps = {"18": 18} if method.solver == "heun" else {"1": 1, "2": 2}
+    for name, count in steps.items():
+        parts = generate(model, list(problem.seeds), steps=count, solver=method.solver, labels=labels, clip=False)
+        images = torch.cat([part.images for part in parts])
+        file = folder / f"{method.name.replace(', ', '-')}-{name}.png"
+        found |= {f"{key}_{name}": value for key, value in problem.judge(images, file).items()}
+    return found
+
+
+def table(problem: Problem, rows: list[dict]) -> str:
+    """A Markdown table of the results."""
+    if isinstance(problem, OnMixture):
+        columns = {"distance": "{:.4f}", "ode_error": "{:.4f}"}
+        heads = ["distance, 1 step", "2 steps", "ODE error, 1 step", "2 steps"]
+    else:
+        columns = {"agreement": "{:.1%}", "muddiness": "{:.2f}"}
+        heads = ["class agreement, 1 step", "2 steps", "muddiness, 1 step", "2 steps"]
+    lines = ["| method | from | " + " | ".join(heads) + " | seconds |", "|---" * (len(heads) + 3) + "|"]
+    for row in rows:
+        cells = []
+        for name, form in columns.items():
+            if f"{name}_18" in row:
+                cells += [form.format(row[f"{name}_18"]) + " (35 calls)", ""]
+            else:
+                cells += [form.format(row[f"{name}_{steps}"]) for steps in (1, 2)]
+        lines.append(f"| `{row['method']}` | {row['from']} | " + " | ".join(cells) + f" | {row['seconds']:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--on", choices=("mixture", "digits"), required=True)
+    parser.add_argument("--out", type=Path, default=Path("family"))
+    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--short", action="store_true", help="a few steps of each")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's forward-mode derivatives
+    problem: Problem = OnMixture() if options.on == "mixture" else OnDigits()
+    if options.short:
+        problem.seeds = range(200)
+        if isinstance(problem, OnMixture):
+            problem.real = problem.data.draw(200, seed=1)
+    folder = options.out / options.on
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / "results.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    floors = problem.prepare()
+
+    def model(name: str) -> FlowMap:
+        return checkpoint.load(folder / f"{name}.safetensors")
+
+    wanted = [one for one in (*TEACHERS, *METHODS) if not options.only or one.name in options.only.split(",")]
+    for method in wanted:
+        if any(row["method"] == method.name for row in rows):
+            continue
+        trained, seconds, loss = train(problem, method, model, options.short)
+        checkpoint.save(trained, folder / f"{method.name}.safetensors")
+        origin = method.teacher or (f"{method.init} (start)" if method.init else "scratch")
+        row = {"method": method.name, "from": origin, "seconds": seconds, "loss": loss}
+        row |= evaluate(problem, method, trained.eval(), folder)
+        rows.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    order = [one.name for one in (*TEACHERS, *METHODS)]
+    text = table(problem, sorted(rows, key=lambda row: order.index(row["method"])))
+    floor = "; ".join(f"{name} {value:.4f}" for name, value in floors.items())
+    (folder / "table.md").write_text(f"{text}\n\n{floor}\n")
+    print(f"{text}\n\n{floor}")
+
+
+if __name__ == "__main__":
+    main()
