@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-short test lint bench clean
+.PHONY: demo demo-short family examples-short test lint bench clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -30,6 +30,22 @@ demo: $(VENV)/.demo  ## teacher, student, samples and edits on real images, into
 demo-short: $(VENV)/.demo  ## the same commands with little training: does everything run?
 	$(BIN)/python examples/demo.py --out demo-short --short
 
+family: $(VENV)/.demo  ## every method side by side, into family/; hours on 2 cores
+	$(BIN)/python examples/family.py --on mixture --out family
+	$(BIN)/python examples/family.py --on digits --out family
+
+examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other examples with little training
+	rm -rf family-short inconsistencies-short
+	$(BIN)/python examples/family.py --on mixture --short --out family-short
+	$(BIN)/python examples/family.py --on digits --short --out family-short
+	$(BIN)/python examples/inconsistencies.py --on mixture --short --out inconsistencies-short
+	$(BIN)/python examples/inconsistencies.py --on digits --short --teacher demo-short/teacher --out inconsistencies-short
+	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
+		--out family-short/composition.safetensors
+
+demo-short/student/model.safetensors:
+	$(MAKE) demo-short
+
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
@@ -42,4 +58,4 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) demo demo-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

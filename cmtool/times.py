@@ -142,7 +142,7 @@ class Doubling:
 
 @dataclass(frozen=True)
 class Halving:
-    """Stages of start, start / 2, ..., 2, 1 sampling steps (one grid point more); the last two are twice as long.
+    """Stages of start, start / 2, ..., end sampling steps (one grid point more); 2 and 1 steps last twice as long.
 
     Progressive distillation, Salimans and Ho (2022), arXiv:2202.00512, with the lengths of OpenAI's consistency_models:
     from 4096 steps, 50,000 iterations a stage and 100,000 for each of the last two, 750,000 in all.
@@ -150,20 +150,25 @@ class Halving:
 
     kind: ClassVar[str] = "halving"
     start: int = 4096
+    end: int = 1
 
     def __post_init__(self) -> None:
-        if self.start < 1 or self.start & (self.start - 1):
-            raise ValueError(f"halving starts at a power of two, found start={self.start}")
+        for steps in (self.start, self.end):
+            if steps < 1 or steps & (steps - 1):
+                raise ValueError(f"halving goes from one power of two to another, found {self.start} to {self.end}")
+        if self.end > self.start:
+            raise ValueError(f"halving goes down, found start={self.start}, end={self.end}")
 
     def stage(self, progress: float) -> tuple[int, float]:
         """Index of the stage, 0 at first, and the share of it that is done, in [0, 1]."""
-        last = self.start.bit_length() - 1
-        if last == 0:
-            return 0, _done(progress, 1)
-        done = _done(progress, last + 3)
-        if done < last - 1:
-            return int(done), done % 1
-        return (last - 1, (done - last + 1) / 2) if done < last + 1 else (last, (done - last - 1) / 2)
+        count = (self.start // self.end).bit_length()
+        lengths = [2 if self.start >> index <= 2 else 1 for index in range(count)]
+        done = _done(progress, sum(lengths))
+        for index, length in enumerate(lengths[:-1]):
+            if done < length:
+                return index, done / length
+            done -= length
+        return count - 1, done / lengths[-1]
 
     def __call__(self, progress: float) -> int:
         return (self.start >> self.stage(progress)[0]) + 1

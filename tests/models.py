@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,16 @@ class Pictures:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.images[indices], None if self.labels is None else self.labels[indices]
+
+
+@cache
+def trunk() -> dict[str, Tensor]:
+    """AlexNet's convolutions with random weights: a trunk for LPIPS, all of which but its taste can be checked."""
+    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}
+    state = {"classifier.1.bias": torch.zeros(4096)}  # of no use
+    for layer, (out, width, side) in shapes.items():
+        generator = torch.Generator().manual_seed(layer)
+        weight = torch.randn(out, width, side, side, generator=generator)
+        state[f"features.{layer}.weight"] = weight / (width * side * side) ** 0.5
+        state[f"features.{layer}.bias"] = torch.randn(out, generator=generator)
+    return state

@@ -11,6 +11,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "sampler": FLOW | {"times"},
     "generate": FLOW | {"editing", "rng", "sampler", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "rng", "solvers", "times"},
-    "io": FLOW | {"networks", "spec"},
+    "io": FLOW | {"networks", "rng", "spec"},
     "cli": FLOW | {"editing", "generate", "io", "networks", "precision", "rng", "sampler", "spec", "times", "training"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -183,7 +184,7 @@ def test_only_io_touches_files(path):
 
 @sources
 def test_only_the_command_line_prints(path):
-    if part(path) == "cli":
+    if part(path) in ("cli", "__main__"):
         return
     for _, whole in calls(tree(path)):
         assert whole not in {"print", "exit", "quit", "sys.exit"}, "only cli/ prints and exits"
@@ -238,7 +239,17 @@ def test_kinds_are_unique_and_name_their_class():
     """One table for all components: a name used twice would hide a class."""
     from cmtool import networks, solvers, times
     from cmtool.flow import parameterization, path
-    from cmtool.training import average, distances, objectives, recipe, targets, trajectory, weights
+    from cmtool.training import (
+        augment,
+        average,
+        distances,
+        objectives,
+        recipe,
+        tangents,
+        targets,
+        trajectory,
+        weights,
+    )
 
     tables = [
         *(
@@ -248,12 +259,27 @@ def test_kinds_are_unique_and_name_their_class():
             solvers.SOLVERS,
             networks.CONFIGS,
         ),
-        *(times.GRIDS, times.CURRICULA, times.TIME_SAMPLERS, average.AVERAGES, distances.DISTANCES),
-        *(objectives.OBJECTIVES, targets.TARGETS, trajectory.TRAJECTORIES, weights.WEIGHTS),
-        {"optimizer": recipe.Optimizer},
+        *(times.GRIDS, times.CURRICULA, times.INDEX_LAWS, times.TIME_SAMPLERS),
+        *(average.AVERAGES, distances.DISTANCES, weights.WEIGHTS, targets.TARGETS, trajectory.TRAJECTORIES),
+        *(objectives.OBJECTIVES, tangents.LIMITS, tangents.BALANCES),
+        {"optimizer": recipe.Optimizer, "augment": augment.Augment},
     ]
     assert sum(len(table) for table in tables) == len(recipe.KINDS)
     for table in tables:
         for kind, cls in table.items():
             assert cls.kind == kind
             assert recipe.KINDS[kind] is cls
+
+
+def test_every_component_has_its_table_and_its_short_name():
+    """Every dataclass with a kind is known by it, and `parts` names all that a recipe is made of."""
+    from cmtool import networks
+    from cmtool.training import parts, recipe
+
+    named = {getattr(parts, name) for name in parts.__all__} - {parts.Recipe, parts.Part}
+    assert set(recipe.KINDS.values()) - set(networks.CONFIGS.values()) == named
+    places = ("cmtool.training.", "cmtool.flow.", "cmtool.times")
+    for module in (name for name in MODULES if name.startswith(places)):
+        for value in vars(importlib.import_module(module)).values():
+            if isinstance(value, type) and is_dataclass(value) and isinstance(vars(value).get("kind"), str):
+                assert recipe.KINDS.get(value.kind) is value, f"{module}.{value.__name__} is in no table"

@@ -29,13 +29,13 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("distill")(train.distill)
-app.command("pairs")(pairs.pairs)
+app.command("pairs", short_help="Solve a model's ODE into noise-image pairs.")(pairs.pairs)
 app.command("sample")(sample.sample)
 app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("info")(info.info)
-app.command("average")(average.average)
+app.command("average", short_help="List or write a run's averaged weights.")(average.average)
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> None:
-    """The console script."""
+    """The console script of installations from before `cmtool.__main__` had it."""
     sys.exit(main())
 
 
@@ -146,8 +146,21 @@ def _usage(error: Any) -> tuple[str, str]:
     if hasattr(error, "possibilities"):
         close = ", ".join(error.possibilities or ())
         return f"there is no option {error.option_name}", f"did you mean {close}?" if close else ""
+    # Newer typers judge values by pydantic, whose words are for programmers.
+    found = error.__cause__.errors()[0] if hasattr(error.__cause__, "errors") else {}
+    if found.get("type") in _EXPECTED:
+        expected = _EXPECTED[found["type"]].format(**found.get("ctx", {}))
+        return f"{error.param.opts[0]} {found['input']}: expected {expected}", ""
     message = error.format_message().rstrip(".")
     return message[:1].lower() + message[1:], ""
+
+
+_EXPECTED = {
+    "int_parsing": "a whole number",
+    "float_parsing": "a number",
+    "greater_than_equal": "{ge} or more",
+    "less_than_equal": "{le} or less",
+}
 
 
 def _command_path(argv: list[str]) -> str:

@@ -5,34 +5,23 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from cmtool.cli import editing, options
+from cmtool.cli import editing
+from cmtool.cli.request import taking
 
 if TYPE_CHECKING:
-    from cmtool.flow.flow_map import FlowMap
+    from cmtool.flow.flow_map import ModelCard
 
 
-def colorize(
-    model: options.Model,
-    image: options.Image,
-    out: options.Out,
-    seeds: options.Seeds = "0",
-    labels: options.Labels = None,
-    times: options.Times = None,
-    edit_steps: options.EditSteps = None,
-    batch: options.Batch = None,
-    device: options.Device = "auto",
-    precision: options.Precision = "auto",
-    as_json: options.Json = False,
-) -> None:
+@taking(editing.Request)
+def colorize(request: editing.Request) -> None:
     """Colour a grey image; its brightness stays. Of a colour image only the brightness is used."""
 
-    def prepare(flow: FlowMap) -> editing.Edit:
+    def read(card: ModelCard) -> editing.Edit:
         from cmtool import generate
         from cmtool.io.images import from_uint8, read_image
 
-        known = read_image(image, 3)
-        editing.check_size(flow, known, image)
-        return partial(generate.colorize, flow, from_uint8(known)[None])
+        known = read_image(request.image, 3)
+        editing.check_size(card, known, request.image)
+        return partial(generate.colorize, images=from_uint8(known)[None])
 
-    request = editing.Request(model, image, out, seeds, labels, times, edit_steps, batch, device, precision, as_json)
-    editing.run("colorize", request, prepare)
+    editing.run("colorize", request, read)

@@ -33,11 +33,12 @@ def emit_line(text: object) -> None:
     print(text)
 
 
-def emit_rows(rows: Sequence[tuple[str, str]]) -> None:
-    """Print aligned `name  value` lines: for people, yet one record a line for grep."""
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, value in rows:
-        _paint(sys.stdout, (f"{name:<{width}}", "bold"), "  ", _fold(value))
+def emit_rows(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print aligned `name  value  ...` lines: for people, yet one record a line for grep."""
+    widths = [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]), 0]
+    for row in rows:
+        name, *rest = (f"{_fold(text):<{width}}" for text, width in zip(row, widths, strict=True))
+        _paint(sys.stdout, (name, "bold"), "  ", "  ".join(rest))
 
 
 def note(text: str) -> None:

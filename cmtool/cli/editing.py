@@ -4,45 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtool.cli import console, images, options
-from cmtool.errors import DataError, UsageError
+from cmtool.errors import ConfigError, DataError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
-    from cmtool.flow.flow_map import FlowMap
+    from cmtool.flow.flow_map import ModelCard
     from cmtool.generate import Generated
 
-    Edit = Callable[..., Tensor]  # edit(seeds=, labels=, times=, steps=) -> float32 [len(seeds), C, H, W]
+    Edit = Callable[..., Tensor]  # edit(model, seeds=, labels=, times=, steps=) -> float32 [len(seeds), C, H, W]
 
 _BATCH_PIXELS = 2**20  # images at once by default: 256 of 64x64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """The options of an edit, as they stand on the command line."""
 
-    model: Path
-    image: str
-    out: str
-    seeds: str
-    labels: str | None
-    times: str | None
-    edit_steps: int | None
-    batch: int | None
-    device: str
-    precision: str
-    as_json: bool
+    model: options.Model
+    image: options.Image
+    out: options.Out
+    seeds: options.Seeds = "0"
+    labels: options.Labels = None
+    times: options.Times = None
+    edit_steps: options.EditSteps = None
+    batch: options.Batch = None
+    device: options.Device = "auto"
+    precision: options.Precision = "auto"
+    as_json: options.Json = False
 
 
-def run(title: str, request: Request, prepare: Callable[[FlowMap], Edit]) -> None:
-    """Load the model, compute the answer of each seed, write the answers.
+def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None:
+    """Read the image, load the model, compute the answer of each seed, write the answers.
 
     Args:
-        prepare: reads what is known of the image, checks that it suits the model, and returns the edit.
+        read: reads what is known of the image, checks that it suits a model of this card, and returns the edit.
     """
     seeds = options.parse_seeds(request.seeds)
     if request.times is not None and request.edit_steps is not None:
@@ -53,15 +54,17 @@ def run(title: str, request: Request, prepare: Callable[[FlowMap], Edit]) -> Non
 
     from cmtool.generate import Generated, labels_for
 
+    card = _card(request.model)
+    edit = read(card)
+    named = request.labels
+    labels = None if named is None else options.parse_labels(named, card.num_classes, card.class_names)
     model = images.load_model(request.model, device=request.device, precision=request.precision, role="consistency")
-    labels = images.labels(model, request.labels)
-    edit = prepare(model)
-    size = request.batch or max(1, _BATCH_PIXELS // model.card.resolution**2)
+    size = request.batch or max(1, _BATCH_PIXELS // card.resolution**2)
 
     def batches() -> Iterator[Generated]:
         for first in range(0, len(seeds), size):
             part = seeds[first : first + size]
-            made = edit(seeds=part, labels=labels, times=times, steps=request.edit_steps)
+            made = edit(model, seeds=part, labels=labels, times=times, steps=request.edit_steps)
             yield Generated(part, labels_for(model, part, labels), made, 0)
 
     described = [entry for entry, _ in images.save(title, batches(), seeds, targets, on_stdout=not request.as_json)]
@@ -69,9 +72,24 @@ def run(title: str, request: Request, prepare: Callable[[FlowMap], Edit]) -> Non
         console.emit_json({"images": described, "image": request.image, "model": str(request.model)})
 
 
-def check_size(model: FlowMap, image: Tensor, name: str, factor: int = 1) -> None:
+def _card(source: Path) -> ModelCard:
+    """What the model at `source` says of itself, before its weights are read."""
+    from cmtool import spec
+    from cmtool.flow.flow_map import ModelCard
+    from cmtool.io import checkpoint
+
+    try:
+        card: ModelCard | None = spec.from_dict(checkpoint.header(source)["card"], ModelCard, {}, "card")
+    except ConfigError:
+        card = None
+    if card is None or card.role != "consistency":
+        card = checkpoint.load(source, role="consistency").card  # which says what is wrong before it reads weights
+    return card
+
+
+def check_size(card: ModelCard, image: Tensor, name: str, factor: int = 1) -> None:
     """Refuse an image that, enlarged `factor` times, is not of the model's size."""
-    side = model.card.resolution
+    side = card.resolution
     height, width = image.shape[-2:]
     if (height * factor, width * factor) == (side, side):
         return

@@ -31,10 +31,11 @@ def places(out: str, seeds: Sequence[int]) -> list[str]:
     Raises:
         UsageError: several images for one file or pipe, a kind of image that cannot be written, a terminal as pipe.
     """
+    in_folder = [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
     if "{seed}" in out:
         targets = [out.replace("{seed}", f"{seed:06d}") for seed in seeds]
     elif out.endswith(("/", os.sep)) or os.path.isdir(out):
-        return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
+        targets = in_folder
     elif out == "-" or out.lower().endswith(WRITABLE + _NOT_WRITABLE):
         if len(seeds) > 1:
             raise UsageError(
@@ -50,7 +51,7 @@ def places(out: str, seeds: Sequence[int]) -> list[str]:
             f"use {', '.join(WRITABLE)}, or {out}/ if a folder is meant",
         )
     else:
-        return [os.path.join(out, f"{seed:06d}.png") for seed in seeds]
+        targets = in_folder
     check_target("--out", targets[0])
     return targets
 
@@ -62,6 +63,21 @@ def check_target(option: str, target: str) -> None:
             raise UsageError(f"{option} - would write an image to the terminal", "add > image.png, or pipe it on")
     elif not target.lower().endswith(WRITABLE):
         raise UsageError(f"{option} {target}: images of this kind cannot be written", f"use {', '.join(WRITABLE)}")
+    elif os.path.isdir(target):
+        raise UsageError(f"{option} {target} is a folder", "name a file, not a folder")
+    else:
+        check_folder(option, Path(target).parent)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that could not be made or written to; folders on the way will be made."""
+    above = Path(os.path.abspath(folder))
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise UsageError(f"{option}: {above} is a file, not a folder", "name another place")
+    if not os.access(above, os.W_OK):
+        raise UsageError(f"{option}: nothing can be written to {above}", "name another place")
 
 
 def one_result(as_json: bool, *targets: str | None) -> None:

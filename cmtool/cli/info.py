@@ -41,7 +41,9 @@ def _rows(described: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, An
         ("parameterization", _component(described["parameterization"])),
         ("grid", grid),
         *((f"times, {calls} calls", values) for calls, values in (card.get("times") or {}).items()),
-        *((name, card.get(name)) for name in ("preset", "iterations", "average", "teacher", "data", "licence")),
+        *((name, card.get(name)) for name in ("preset", "iterations", "average", "teacher")),
+        ("guidance", None if card.get("guidance") == 1 else card.get("guidance")),
+        *((name, card.get(name)) for name in ("data", "licence")),
     ]
 
 

@@ -16,6 +16,7 @@ import typer
 from cmtool.errors import UsageError, nearest
 
 SOLVERS = ("euler", "heun", "dpm2", "ddim", "ancestral")
+LANDINGS = ("t_min", "next")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
 CROPS = ("center", "none")
@@ -88,6 +89,35 @@ def parse_times(text: str, option: str = "--times") -> list[float]:
             raise UsageError(f"{option} {text}: {part} does not fall below {times[-1]:g}", hint)
         times.append(value)
     return times
+
+
+def parse_churn(text: str) -> tuple[float, ...]:
+    """`40` or `40,0.05,50,1.003`: S_churn, and S_min, S_max, S_noise if they are given.
+
+    Raises:
+        UsageError: no numbers, more than four, negative ones, or an empty range of noise levels.
+    """
+    hint = "write the amount, and if you like lowest level, highest level, noise: --churn 40,0.05,50,1.003"
+    values: list[float] = []
+    for part in _parts(text, "--churn", hint):
+        try:
+            values.append(float(part))
+        except ValueError:
+            raise UsageError(f"--churn {text}: {part!r} is not a number", hint) from None
+    if len(values) > 4:
+        raise UsageError(f"--churn {text}: expected 1 to 4 numbers, found {len(values)}", hint)
+    for index, value in enumerate(values):
+        if not 0 <= value < float("inf") and (index, value) != (2, float("inf")):
+            raise UsageError(f"--churn {text}: {value:g} is not a number from 0 on", hint)
+    if len(values) > 2 and values[1] > values[2]:
+        raise UsageError(f"--churn {text}: the levels from {values[1]:g} to {values[2]:g} are none", hint)
+    return tuple(values)
+
+
+def _finite(value: float) -> float:
+    if not -float("inf") < value < float("inf"):
+        raise UsageError(f"--guidance {value:g} is not a finite number", "1 is no guidance; for example --guidance 2")
+    return value
 
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
@@ -171,7 +201,29 @@ Labels = Annotated[
 ]
 Solver = Annotated[
     str | None,
-    typer.Option("--solver", help="How to sample a diffusion model.", **one_of("--solver", SOLVERS)),
+    typer.Option("--solver", help="How to solve the ODE; a diffusion model needs one.", **one_of("--solver", SOLVERS)),
+]
+Churn = Annotated[
+    str | None,
+    typer.Option(
+        "--churn",
+        metavar="S[,MIN,MAX,NOISE]",
+        help="Noise added on the way of a --solver, at noise levels from MIN to MAX.",
+        **parsed(parse_churn),
+    ),
+]
+Landing = Annotated[
+    str | None,
+    typer.Option(
+        "--landing",
+        help="Where a jump lands: on clean images, to be renoised, or on the next time. "
+        "[default: next for a two-time model, else t_min]",
+        **one_of("--landing", LANDINGS),
+    ),
+]
+Guidance = Annotated[
+    float,
+    typer.Option("--guidance", metavar="W", help="Scale of classifier-free guidance; 1 is none.", callback=_finite),
 ]
 Times = Annotated[
     str | None,

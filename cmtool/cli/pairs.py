@@ -68,7 +68,7 @@ def pairs(
 
     Training on the file (--data pairs.npz) straightens the paths from noise to images. The images are those that
     cmtool sample makes of the same seeds, kept finer than in 8 bits and clamped to the image range; the noise is kept
-    as its seed. A consistency model jumps instead, never with fresh noise on the way, or takes a --solver.
+    as its seed. A consistency model solves it in one jump, a two-time model in as many as --steps says.
     """
     if count is not None and seeds is not None:
         raise UsageError("--count and --seeds say the same thing twice", "give one of the two")
@@ -90,7 +90,12 @@ def pairs(
     if card.role == "denoiser":
         solver = solver or "heun"
     steps = steps or (18 if solver else 1)
-    # To jump on from where the last jump landed is the model's own ODE; to renoise, as sampling does, is not.
+    if card.role == "consistency" and (solver is not None or steps > 1):
+        raise UsageError(
+            "a consistency model solves the ODE in its one jump: more steps of it follow another path",
+            "leave out --steps and --solver, or take a diffusion model",
+        )
+    # A two-time model jumps on from where it landed.
     landing: Landing | None = "next" if solver is None and steps > 1 else None
     made = generate(
         flow,

@@ -26,6 +26,9 @@ def sample(
     ] = None,
     times: options.Times = None,
     solver: options.Solver = None,
+    churn: options.Churn = None,
+    landing: options.Landing = None,
+    guidance: options.Guidance = 1.0,
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep estimates in the image range.")] = True,
     batch: options.Batch = None,
     device: options.Device = "auto",
@@ -34,14 +37,22 @@ def sample(
 ) -> None:
     """Draw images from a model, one a seed.
 
-    A consistency model makes an image in one network call, a better one in a few. A diffusion model (a teacher) needs
-    a --solver. The image of a seed is the same whatever other seeds are asked for.
+    A consistency model makes an image in one network call, a better one in a few; so does a two-time model, without
+    new noise between its jumps. A diffusion model (a teacher) needs a --solver. With a --solver, or --landing next, a
+    consistency model follows x' = (x - f) / t: no new noise either, but the more steps, the wider its images spread.
+    The image of a seed is the same whatever other seeds are asked for.
     """
     wanted = options.parse_seeds(seeds)
     if out is None and grid is None:
         raise UsageError("there is no place for the images", "add --out out/ or --grid grid.png")
     if steps is not None and times is not None:
         raise UsageError("--steps and --times say the same thing twice", "give one of the two")
+    if solver is not None and landing is not None:
+        raise UsageError("--landing is for jumps, and a --solver makes none", "give one of the two")
+    if churn is not None and solver in (None, "ancestral"):
+        without = "there is no --solver" if solver is None else "ancestral sampling adds its own"
+        raise UsageError(f"--churn adds noise on the way of a solver, and {without}", "add --solver heun")
+    added = None if churn is None else options.parse_churn(churn)
     images.one_result(as_json, out, grid)
     targets = [None] * len(wanted) if out is None else images.places(out, wanted)
     if grid is not None:
@@ -49,7 +60,7 @@ def sample(
 
     import torch
 
-    from cmtool.generate import generate
+    from cmtool.generate import Churn, generate
     from cmtool.io.images import grid as arrange
     from cmtool.io.images import write_image
 
@@ -61,6 +72,9 @@ def sample(
         times=None if times is None else options.parse_times(times),
         labels=images.labels(flow, labels),
         solver=solver,
+        churn=None if added is None else Churn(*added),
+        landing=landing,  # type: ignore[arg-type]
+        guidance=guidance,
         batch=batch,
         clip=clip,
     )
@@ -71,6 +85,8 @@ def sample(
     if grid is not None:
         write_image(grid, arrange(torch.stack(pictures)))
     if as_json:
-        console.emit_json({"images": described, "grid": grid, "model": str(model)})
+        asked = {"solver": solver, "churn": added, "landing": landing, "guidance": None if guidance == 1 else guidance}
+        given = {name: value for name, value in asked.items() if value is not None}
+        console.emit_json({"images": described, "grid": grid, "model": str(model), **given})
     elif grid not in (None, "-") and out != "-":
         console.emit_line(grid)

@@ -6,25 +6,26 @@ Precedence: defaults < preset < --config < flags. The resolved run is written to
 from __future__ import annotations
 
 import dataclasses
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from cmtool import __version__
-from cmtool.cli import console, options
-from cmtool.errors import DataError, DivergenceError, UsageError, nearest
+from cmtool.cli import console, images, options, presets
+from cmtool.errors import CheckpointError, ConfigError, DataError, DivergenceError, UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cmtool.flow.flow_map import FlowMap, ModelCard
+    from cmtool.cli.train import Request
+    from cmtool.flow.flow_map import FlowMap, ModelCard, Role
     from cmtool.io.data import Dataset
     from cmtool.io.run import RunFolder
     from cmtool.networks import Config
@@ -34,42 +35,6 @@ if TYPE_CHECKING:
 
 STOPPED = 75  # stopped, and can be continued
 INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options of a training, as they stand on the command line; None where they are not given."""
-
-    out: Path
-    data: str | None
-    preset: str | None
-    iterations: str | None
-    duration: str | None
-    batch: int | None
-    lr: float | None
-    init: Path | None
-    lpips_backbone: Path | None
-    network: str | None
-    seed: int | None
-    resolution: int | None
-    crop: str | None
-    resize: str | None
-    upscale: bool | None
-    channels: int | None
-    config: Path | None
-    set_: list[str] | None
-    device: str
-    precision: str
-    log_every: int | None
-    save_every: int | None
-    sample_every: int | None
-    dry_run: bool
-    resume: bool
-    overwrite: bool
-    as_json: bool
-    teacher: Path | None = None
-    guidance: float | None = None
-    distils: bool = False  # `distill` rather than `train`
 
 
 def run(request: Request) -> None:
@@ -86,6 +51,9 @@ def run(request: Request) -> None:
         raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
     if not resumed and not request.dry_run:
         folder.check(overwrite=request.overwrite)
+    images.check_folder("--out", folder.path)
+    if request.config is not None and not request.config.exists():
+        raise CheckpointError(f"--config {request.config}: there is no such run or file", "name a run or a config.json")
     earlier = folder.config() if resumed else read_config(request.config) if request.config else {}
     settings = _settings(request, earlier)
 
@@ -99,25 +67,26 @@ def run(request: Request) -> None:
     _check_teacher(draft, settings["teacher"], request.distils)
     if draft.objective.needs_first and not settings["init"]:
         raise UsageError(
-            f"the preset {draft.preset} is a second stage, and there is no first to start from",
+            f"{draft.preset} is a second stage here: a first one answers where the noise is low, and there is none",
             "add --init runs/first, a consistency model: of --preset ect or ict, for example",
         )
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
     teacher = checkpoint.load(settings["teacher"], role="denoiser", device=device) if settings["teacher"] else None
-    init = checkpoint.load(settings["init"], device=device) if settings["init"] else None
+    first: Role | None = "consistency" if draft.objective.needs_first else None  # it answers where the noise is low
+    init = checkpoint.load(settings["init"], role=first, device=device) if settings["init"] else None
     data = open_data(**settings["data"])
     if teacher is not None:
         _check_data(data, teacher)
     recipe = _recipe(request, earlier, _shape(data, init or teacher, request.distils))
-    _check_network(recipe, teacher)
+    _check_network(recipe, init or teacher)
     _check_guidance(recipe, teacher)
     _check_pairs(recipe, data)
     _check_labels(data, recipe)
     config = _config(recipe, settings, data)
     if resumed:
-        _check_unchanged(config, earlier)
+        _check_unchanged(config, earlier, folder.path)
     if request.dry_run:
         _describe(config, request.as_json)
         return
@@ -144,6 +113,7 @@ def run(request: Request) -> None:
             console.note(f"there is no run in {folder.path} yet: starting one")
         folder.prepare(config, overwrite=request.overwrite)
     _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
+    _announce_start(recipe, init or (teacher if recipe.init_from_teacher else None))
     try:
         _loop(trainer, folder, request)
     except DivergenceError as error:
@@ -187,30 +157,24 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
     Without `judge_network` its settings are left out: what is right for them depends on the true shape.
     """
     from cmtool import spec
-    from cmtool.training import presets
+    from cmtool.training.presets import PRESETS
     from cmtool.training.recipe import KINDS, Recipe
 
     stored = earlier.get("recipe") or {}
     known = stored.get("preset") if isinstance(stored, dict) else None
     name = request.preset or known
     if name is None:
-        raise UsageError("missing option '--preset'", f"one of {', '.join(presets.PRESETS)}")
+        raise UsageError("missing option '--preset'", f"one of {', '.join(PRESETS)}")
     if known not in (None, name):
         raise UsageError(f"--preset {name} contradicts the config, a run of {known}", "leave one of the two out")
-    make = presets.preset(name)
-    try:
-        recipe = make(shape)
-    except ValueError as error:
-        side = f"{shape.resolution}x{shape.resolution}"
-        raise UsageError(
-            f"the preset {name} does not go with {side} images: {error}", "choose another --resolution"
-        ) from error
+    if request.network is not None:
+        shape = dataclasses.replace(shape, network=_network(request.network, shape))
+    recipe = presets.resolve(name, shape)
+    network: Any = recipe.network
     if stored:
         recipe = spec.from_dict(_merged(spec.to_dict(recipe), stored), Recipe, KINDS, "recipe")
     if request.network is not None:
-        recipe = dataclasses.replace(recipe, network=_network(request.network, recipe, shape))
-    if request.guidance is not None:
-        recipe = dataclasses.replace(recipe, objective=_guided(recipe, request.guidance))
+        recipe = dataclasses.replace(recipe, network=network)
     for text in request.set_ or ():
         path, equals, value = text.partition("=")
         if not equals:
@@ -218,11 +182,22 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
         if path.startswith("network.") and not judge_network:
             continue
         recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
+    return _with_flags(_told_augmentation(recipe), request)
+
+
+def _told_augmentation(recipe: Recipe) -> Recipe:
+    """With a network that is told what was done to an image: else it would make augmented images, too."""
     network: Any = recipe.network
-    if recipe.augment is not None and getattr(network, "augment_dim", None) == 0:
-        # augmented images are only told from real ones by a network that knows what was done
-        recipe = dataclasses.replace(recipe, network=dataclasses.replace(network, augment_dim=recipe.augment.dim))
-    return _with_flags(recipe, request)
+    if recipe.augment is None:
+        return recipe
+    if not hasattr(network, "augment_dim"):
+        raise ConfigError(
+            f"a network of the kind {network.kind} cannot be told how an image was augmented",
+            "add --set augment=none, or choose a --network of the kind ddpmpp",
+        )
+    if network.augment_dim:
+        return recipe
+    return dataclasses.replace(recipe, network=dataclasses.replace(network, augment_dim=recipe.augment.dim))
 
 
 def _guided(recipe: Recipe, scale: float) -> Any:
@@ -234,15 +209,10 @@ def _guided(recipe: Recipe, scale: float) -> Any:
     return with_guidance(recipe.objective, scale)
 
 
-def _network(size: str, recipe: Recipe, shape: Shape) -> Config:
-    """The network of a named size for these images."""
+def _network(size: str, shape: Shape) -> Config:
+    """The network of a named size for these images; what its method needs of it, the preset adds."""
     from cmtool.networks import SIZES
 
-    if recipe.init_from_teacher:
-        raise UsageError(
-            f"the preset {recipe.preset} starts as a copy of its teacher and would ignore --network",
-            "choose the size when training the teacher",
-        )
     if size not in SIZES:
         raise UsageError(f"--network: there is no size {size!r}", nearest(size, SIZES))
     try:
@@ -252,6 +222,13 @@ def _network(size: str, recipe: Recipe, shape: Shape) -> Config:
 
 
 def _with_flags(recipe: Recipe, request: Request) -> Recipe:
+    if request.network is not None and recipe.init_from_teacher:
+        raise UsageError(
+            f"the preset {recipe.preset} starts as a copy of its teacher, which has a network already",
+            "leave out --network, or add --set init_from_teacher=false to start from nothing",
+        )
+    if request.guidance is not None:
+        recipe = dataclasses.replace(recipe, objective=_guided(recipe, request.guidance))
     if request.batch is not None:
         recipe = dataclasses.replace(recipe, batch=request.batch)
     if request.iterations is not None:
@@ -341,17 +318,17 @@ def _check_teacher(recipe: Recipe, teacher: str | None, distils: bool) -> None:
         )
 
 
-def _check_network(recipe: Recipe, teacher: FlowMap | None) -> None:
-    """A student that starts as a copy of its teacher has its network; only what is no weight may differ."""
-    if teacher is None or not recipe.init_from_teacher:
+def _check_network(recipe: Recipe, start: FlowMap | None) -> None:
+    """A student that starts as a copy has its model's network; only what is no weight may differ."""
+    if start is None or not recipe.init_from_teacher:
         return
-    config: Any = teacher.network.config
+    config: Any = start.network.config
     names = ("dropout", "label_dropout", "two_times", "augment_dim")
     free = {name: getattr(recipe.network, name) for name in names if hasattr(config, name)}
     if dataclasses.replace(config, **free) != recipe.network:
         raise UsageError(
             f"the preset {recipe.preset} starts as a copy of its teacher, and the recipe has another network",
-            "leave out --set network...; the size is chosen when the teacher is trained",
+            "leave out --set network..., or add --set init_from_teacher=false to start from nothing",
         )
 
 
@@ -404,14 +381,17 @@ def _check_labels(data: Dataset, recipe: Recipe) -> None:
         )
 
 
-def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], out: Path) -> None:
     """A continued run is the same run: what decides its result may not change."""
     new, old = (dict(options.settings({**part, "version": None})) for part in (config, stored))
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
+            longer = f"what follows the length would change: train on with --init {out} and another --out"
             raise UsageError(
                 f"--resume: the run was started with {name} = {old.get(name)}, not {new.get(name)}",
-                "leave out what changes it, or start a new run with --config and another --out",
+                longer
+                if name == "recipe.iterations"
+                else "leave out what changes it, or start a new run with --config and another --out",
             )
 
 
@@ -470,6 +450,20 @@ def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: s
         console.note(f"the teacher is under {teacher.card.licence}: its student may be, too")
 
 
+def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:
+    """Say where weights do not carry over: a network's output is no velocity, or the velocity of one path."""
+    from cmtool.flow.parameterization import Velocity
+
+    def meaning(path: Any, parameterization: Any) -> str:
+        return f"the velocity of the {path.kind} path" if isinstance(parameterization, Velocity) else "no velocity"
+
+    if start is not None:
+        before = meaning(start.path, start.parameterization)
+        after = meaning(recipe.path, recipe.parameterization)
+        if before != after:
+            console.note(f"the network to start from predicts {before}, here it learns {after}: only a rough start")
+
+
 def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
     total = trainer.recipe.iterations
     log_every = request.log_every or max(1, min(100, total // 50))
@@ -489,8 +483,8 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
                     {
                         "step": report.step,
                         "images": report.images,
-                        "loss": loss,
-                        "grad_norm": float(report.grad_norm),
+                        "loss": _finite(loss),
+                        "grad_norm": _finite(float(report.grad_norm)),
                         "lr": report.lr,
                         "images_per_second": round(speed, 1),
                     }
@@ -524,19 +518,24 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
         raise typer.Exit(INTERRUPTED if stopped() == signal.SIGINT else STOPPED)
 
 
+def _finite(value: float) -> float | None:
+    """JSON has no word for the numbers of a training that has just diverged."""
+    return value if math.isfinite(value) else None
+
+
 def _preview(trainer: Trainer, file: Path) -> None:
     """A grid of samples from the average, always of the same seeds."""
     import torch
 
     from cmtool.generate import generate
-    from cmtool.io import images
+    from cmtool.io.images import grid, to_uint8, write_image
 
     model = trainer.average
     seeds = range(64 if model.card.resolution <= 64 else 16)
     labels = range(model.card.num_classes) if model.card.num_classes else None
     solver = "heun" if model.card.role == "denoiser" else None
     parts = [part.images for part in generate(model, seeds, labels=labels, solver=solver)]
-    images.write_image(file, images.grid(images.to_uint8(torch.cat(parts))))
+    write_image(file, grid(to_uint8(torch.cat(parts))))
 
 
 @contextmanager

@@ -195,11 +195,11 @@ class _View(FlowMap):
 
     def __init__(self, model: FlowMap, path: Path) -> None:
         super().__init__(model.network, path, model.parameterization, model.card)
-        self.model = model
+        self.seen = model
         self.compute_dtype = model.compute_dtype
 
     def compute_in(self, dtype: torch.dtype | None) -> FlowMap:
-        self.model.compute_in(dtype)
+        self.seen.compute_in(dtype)
         return super().compute_in(dtype)
 
 
@@ -208,7 +208,7 @@ class OnPath(_View):
 
     def _own(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The time on the model's own path, and the factor that takes a sample there."""
-        theirs, own = self.path, self.model.path
+        theirs, own = self.path, self.seen.path
         u = own.clamp(own.time(theirs.ratio(t)))
         # Both quotients are the same factor; that of the smaller share of noise or data may be 0 / 0.
         noisy = theirs.sigma(t) > theirs.alpha(t)
@@ -218,10 +218,10 @@ class OnPath(_View):
 
     def denoised(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
         u, factor = self._own(x_t, t)
-        estimate = self.model.denoised(factor * x_t, u, labels, augment)
+        estimate = self.seen.denoised(factor * x_t, u, labels, augment)
         # Below the levels the model knows, the noise it finds shrinks with the level. An estimate held fixed instead
         # would be divided by sigma_t in the velocity, and grow without bound.
-        level, known = self.path.ratio(t), self.model.path.ratio(u)
+        level, known = self.path.ratio(t), self.seen.path.ratio(u)
         below = level < known
         share = torch.where(below, level / known, torch.ones_like(t))
         image = x_t / expand(torch.where(below, self.path.alpha(t), torch.ones_like(t)), x_t)
@@ -231,7 +231,7 @@ class OnPath(_View):
         self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
         (u, factor), (v, landing) = self._own(x_t, t), self._own(x_t, s)
-        return self.model.jump(factor * x_t, u, v, labels, augment) / landing
+        return self.seen.jump(factor * x_t, u, v, labels, augment) / landing
 
     def raw(self, *args: Any, **kwargs: Any) -> Tensor:
         raise TypeError("a model seen on another path has no raw output of its own there")
@@ -245,12 +245,12 @@ class Guided(_View):
         self.scale = scale
 
     def denoised(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
-        return self._both(self.model.denoised, x_t, (t,), labels, augment)
+        return self._both(self.seen.denoised, x_t, (t,), labels, augment)
 
     def jump(
         self, x_t: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        return self._both(self.model.jump, x_t, (t, s), labels, augment)
+        return self._both(self.seen.jump, x_t, (t, s), labels, augment)
 
     def raw(
         self,
@@ -260,7 +260,7 @@ class Guided(_View):
         labels: Tensor | None = None,
         augment: Tensor | None = None,
     ) -> Tensor:
-        return self._both(self.model.raw, x_t, (t, t if s is None else s), labels, augment)
+        return self._both(self.seen.raw, x_t, (t, t if s is None else s), labels, augment)
 
     def _both(
         self, ask: Any, x_t: Tensor, times: tuple[Tensor, ...], labels: Tensor | None, augment: Tensor | None

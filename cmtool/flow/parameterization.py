@@ -40,9 +40,10 @@ class LogRatio:
     scale: float = 0.25
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
-        # The offset keeps t = 0 finite; it is the smallest that changes no float32 time above it. The ceiling does the
-        # same for pure noise, t = 1 of `Linear`, and is far above any ratio that carries information.
-        return self.scale * torch.log(path.ratio(t).clamp_max(1e6) + 1e-44)
+        # The offset keeps t = 0 finite; it changes no float32 time above 1e-29, and is no denormal, which some devices
+        # flush to zero. The ceiling does the same for pure noise, t = 1 of `Linear`, and is far above any ratio that
+        # carries information.
+        return self.scale * torch.log(path.ratio(t).clamp_max(1e6) + 1e-37)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,12 @@ def save(model: FlowMap, target: str | os.PathLike[str], *, dtype: torch.dtype |
             the frequencies of a Fourier embedding, rounded, would tell the network another time.
     Raises:
         CheckpointError: if the file cannot be written.
+        ValueError: for a view (`on_path`, `guided`), whose file would be that of the model seen.
     """
     import safetensors.torch
 
+    if hasattr(model, "seen"):
+        raise ValueError("a model seen on another path or under guidance cannot be saved; save the model itself")
     weights = {name for name, _ in model.network.named_parameters()}
     tensors = {
         name: (tensor.to(dtype) if dtype and name in weights else tensor).detach().cpu().contiguous()

@@ -36,7 +36,7 @@ from cmtool.times import (
 from cmtool.training import distances, tangents, weights
 from cmtool.training.distances import L2, AnyDistance
 from cmtool.training.tangents import AnyBalance, AnyLimit, Balance
-from cmtool.training.targets import AnyTarget, Online, Truncated
+from cmtool.training.targets import AdaptiveAverage, AnyTarget, Online, Truncated
 from cmtool.training.trajectory import (
     AnyTrajectory,
     Batch,
@@ -46,6 +46,7 @@ from cmtool.training.trajectory import (
     Self,
     Teacher,
     Trajectory,
+    told,
 )
 from cmtool.training.weights import AnyWeight
 
@@ -200,6 +201,10 @@ class Consistency(Composition):
     weight: AnyWeight = field(default_factory=weights.Uniform)
     target: AnyTarget = field(default_factory=Online)
     compare_denoised: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, AdaptiveAverage) and not hasattr(self.times, "curriculum"):
+            raise ValueError("an adaptive average adapts to a grid, and these times are on none")
 
 
 @dataclass(frozen=True)
@@ -382,8 +387,7 @@ class _First:
         self.model = model.requires_grad_(False).eval()
 
     def jump(self, path: Path, x_r: Tensor, times: Times, batch: Batch) -> Tensor:
-        augment = batch.augment if getattr(self.model.network.config, "augment_dim", 0) else None
-        return on_path(self.model, path).jump(x_r, times.r, times.s, batch.labels, augment)
+        return on_path(self.model, path).jump(x_r, times.r, times.s, batch.labels, told(self.model, batch.augment))
 
 
 class TangentLoss(Objective):

@@ -110,6 +110,7 @@ class TeacherTrajectory:
 
     def __init__(self, config: Teacher, teacher: FlowMap) -> None:
         self.config = config
+        self.guidance = config.guidance
         self.teacher = teacher.requires_grad_(False).eval()
 
     @torch.no_grad()
@@ -117,7 +118,7 @@ class TeacherTrajectory:
         teacher = self._seen_by(target)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return teacher.denoised(x, t, sample.labels, self._augment(sample))
+            return teacher.denoised(x, t, sample.labels, told(teacher, sample.augment))
 
         solver: Solver = self.config.solver
         grid, path, n = self.config.grid, target.path, self.config.substeps
@@ -130,15 +131,17 @@ class TeacherTrajectory:
 
     @torch.no_grad()
     def velocity(self, target: FlowMap, sample: PathSample) -> Tensor:
-        return self._seen_by(target).velocity(sample.x_t, sample.t, sample.labels, self._augment(sample))
+        teacher = self._seen_by(target)
+        return teacher.velocity(sample.x_t, sample.t, sample.labels, told(teacher, sample.augment))
 
     def _seen_by(self, target: FlowMap) -> FlowMap:
-        return on_path(guided(self.teacher, self.config.guidance), target.path)
+        return on_path(guided(self.teacher, self.guidance), target.path)
 
-    def _augment(self, sample: PathSample) -> Tensor | None:
-        """A teacher that was trained without augmentation is told nothing of it."""
-        config = getattr(self.teacher.network, "config", None)
-        return sample.augment if getattr(config, "augment_dim", 0) else None
+
+def told(model: FlowMap, augment: Tensor | None) -> Tensor | None:
+    """The augmentation labels [B, A] or None, for a model that knows them; one trained without is told nothing."""
+    config = getattr(model.network, "config", None)
+    return augment if getattr(config, "augment_dim", 0) else None
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,15 @@ class PredecessorTrajectory(TeacherTrajectory, nn.Module):
         return super().step(target, sample, r)
 
     def promote(self, model: FlowMap) -> None:
-        """Follow this model from now on."""
+        """Follow this model from now on. It has learned the guidance of its teacher, which is not added once more."""
         self.teacher.network.load_state_dict(model.network.state_dict())
+        self.guidance = 1.0
+
+    def get_extra_state(self) -> float:
+        return self.guidance
+
+    def set_extra_state(self, state: float) -> None:
+        self.guidance = state
 
     def train(self, mode: bool = True) -> PredecessorTrajectory:
         super().train(mode)

@@ -72,6 +72,19 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """24 pictures of 8x8 and 3 classes, as an .npz."""
+    import numpy as np
+
+    from tests.models import Pictures
+
+    made = Pictures(classes=3)
+    file = tmp_path_factory.mktemp("data") / "pictures.npz"
+    np.savez(file, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
+    return file
+
+
 @pytest.fixture
 def student(folder) -> Path:
     return folder / "student.safetensors"

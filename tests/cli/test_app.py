@@ -62,8 +62,11 @@ def test_no_command_prints_the_help_and_is_a_usage_error(cli):
         (["sample"], ["missing option '--model'", "see cmtool sample --help"]),
         (["sample", "--model"], ["--model", "requires an argument"]),
         (["sample", "--model", "m", "extra"], ["extra", "see cmtool sample --help"]),
-        (["sample", "--model", "m", "--steps", "two"], ["--steps", "integer"]),
-        (["sample", "--model", "m", "--steps", "0"], ["--steps", "1"]),
+        (["sample", "--model", "m", "--steps", "two"], ["--steps two: expected a whole number", "see cmtool sample"]),
+        (["sample", "--model", "m", "--steps", "0"], ["--steps 0: expected 1 or more", "see cmtool sample --help"]),
+        (["sample", "--model", "m", "--guidance", "x"], ["--guidance x: expected a number"]),
+        (["train", "--out", "x", "--channels", "4"], ["--channels 4: expected 3 or less"]),
+        (["train", "--out", "x", "--seed", "-1"], ["--seed -1: expected 0 or more"]),
         (["sample", "--model", "m", "--seeds", "5-3"], ["5-3"]),
         (["sample", "--model", "m", "--solver", "huen"], ["huen", "did you mean heun?"]),
         (["sample", "--model", "m", "--device", "gpu"], ["gpu", "cpu"]),
@@ -126,6 +129,22 @@ def test_interrupt(cli, monkeypatch, error):
     assert cli("sample") == (130, b"", "")
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_an_interrupt_is_quiet_from_the_first_import_on(early):
+    module = "cmtool.cli" if early else "cmtool.spec"
+    done = python(
+        "import runpy, sys\n"
+        "class Stopped:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stopped())\n"
+        "runpy.run_module('cmtool', run_name='__main__')",
+        *("presets", "show", "cd"),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_broken_pipe_is_quiet(cli, monkeypatch):
     raising(monkeypatch, BrokenPipeError())
     assert cli("sample") == (1, b"", "")
@@ -167,7 +186,7 @@ def test_quiet_holds_for_one_call(cli, argv):
         ["data", "inspect", "--help"],
         ["presets", "ls"],
         ["presets", "ls", "--json"],
-        ["presets", "show", "cd"],
+        ["presets", "show", "cd", "--no-recipe"],
         ["presets", "show", "cdd"],
         ["smaple"],
         ["sample", "--sead", "3"],

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cmtool.io import checkpoint
+
 LUMA = np.array([0.2989, 0.5870, 0.1140])
 
 
@@ -160,6 +162,42 @@ def test_mistakes(cli, student, inputs, monkeypatch, argv, words):
     assert result.code in (1, 2)
     result.error(result.code, *words)
     assert not os.path.exists("out.png")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["inpaint", "--image", "nowhere.png", "--mask", "mask.png"], ["nowhere.png"]),
+        (["inpaint", "--image", "image.png", "--mask", "large.png"], ["large.png is 16x12"]),
+        (["inpaint", "--image", "image.png"], ["no transparent part"]),
+        (["colorize", "--image", "large.png"], ["16x12", "8x8"]),
+        (["colorize", "--image", "image.png", "--labels", "9"], ["no class 9"]),
+        (["colorize", "--image", "image.png", "--out", "image.png/x/"], ["image.png is a file"]),
+        (["superres", "--image", "image.png", "--factor", "2"], ["4x4"]),
+    ],
+)
+def test_mistakes_are_found_before_the_weights_are_read(cli, student, inputs, monkeypatch, argv, words):
+    def fail(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(checkpoint, "load", fail)
+    Image.new("RGB", (16, 12)).save("large.png")
+    result = cli(argv[0], "--model", student, "--out", "out.png", *argv[1:])
+    result.error(result.code, *words)
+
+
+def test_a_file_of_a_later_version_is_named(cli, student, inputs, monkeypatch):
+    """Whatever cannot be understood of the card, the model's own reader says so."""
+    header = checkpoint.header
+
+    def later(source):
+        found = header(source)
+        return found | {"card": found["card"] | {"colour_space": "lab"}}
+
+    monkeypatch.setattr(checkpoint, "header", later)
+    ask = ("colorize", "--model", student, "--image", inputs / "image.png", "--out", inputs / "out.png")
+    cli(*ask).error(1, "does not know", "colour_space")
 
 
 @pytest.mark.parametrize("argv", [["inpaint", "--mask", "mask.png"], ["colorize"], ["superres", "--factor", "2"]])

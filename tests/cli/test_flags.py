@@ -14,9 +14,10 @@ TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-ba
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
-    "distill": f"--teacher {TRAIN}",
+    "distill": f"--teacher --guidance {TRAIN}",
     "pairs": f"--model --out --count -n --seeds --labels --solver --steps --guidance {MAKE}",
-    "sample": f"--model --out --grid --seeds --labels --steps --times --solver --clip --no-clip {MAKE}",
+    "sample": f"""--model --out --grid --seeds --labels --steps --times --solver --churn --landing --guidance
+        --clip --no-clip {MAKE}""",
     "inpaint": f"--mask --invert-mask {EDIT}",
     "colorize": EDIT,
     "superres": f"--factor {EDIT}",
@@ -24,7 +25,7 @@ FLAGS = {
     "average": "RUN --name --sigma-rel --step --out --json",
     "presets": "",
     "presets ls": "--json",
-    "presets show": "NAME --recipe --resolution --json",
+    "presets show": "NAME --recipe --no-recipe --resolution --json",
     "data": "",
     "data inspect": "PATH --json",
     "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",

@@ -16,9 +16,12 @@ from PIL import Image
 
 from cmtool.cli import images
 from cmtool.errors import UsageError
+from cmtool.flow import Linear, Velocity
 from cmtool.generate import generate
 from cmtool.io import checkpoint
 from cmtool.io import images as files
+from cmtool.solvers import Churn
+from tests.models import micro, model
 
 
 def read(path) -> np.ndarray:
@@ -107,7 +110,7 @@ def test_a_pipe_carries_the_image_and_nothing_else(cli, plain, tmp_path):
 
 def test_a_denoiser_is_sampled_with_a_solver(cli, teacher, tmp_path):
     made = {}
-    for solver in ("euler", "heun", "dpm2", "ancestral"):
+    for solver in ("euler", "heun", "dpm2", "ancestral"):  # ddim is Euler's step on this path
         out = tmp_path / f"{solver}.png"
         result = cli("sample", "--model", teacher, "--solver", solver, "--steps", "3", "--out", out, "--labels", "1")
         assert result.code == 0, result.stderr
@@ -119,7 +122,23 @@ def test_a_denoiser_is_sampled_with_a_solver(cli, teacher, tmp_path):
     ("model", "argv", "words"),
     [
         ("teacher", ["--out", "x.png"], ["needs a solver", "--solver heun"]),
-        ("student", ["--out", "x.png", "--solver", "heun"], ["takes no solver"]),
+        ("teacher", ["--out", "x.png", "--landing", "t_min"], ["needs a solver", "--solver heun"]),
+        ("student", ["--out", "x.png", "--landing", "next", "--solver", "heun"], ["--landing", "--solver", "one"]),
+        ("student", ["--out", "x.png", "--landing", "nxt"], ["'nxt'", "next"]),
+        ("student", ["--out", "x.png", "--solver", "huen"], ["'huen'", "heun"]),
+        ("student", ["--out", "x.png", "--guidance", "2"], ["labels dropped", "label_dropout"]),
+        ("plain", ["--out", "x.png", "--guidance", "2"], ["classes", "leave out"]),
+        ("student", ["--out", "x.png", "--guidance", "nan"], ["--guidance nan", "finite", "--guidance 2"]),
+        ("student", ["--out", "x.png", "--guidance", "-inf"], ["--guidance -inf", "finite"]),
+        ("student", ["--out", "x.png", "--guidance", "much"], ["--guidance", "number"]),
+        ("teacher", ["--out", "x.png", "--churn", "4"], ["--churn", "no --solver"]),
+        ("teacher", ["--out", "x.png", "--churn", "4", "--solver", "ancestral"], ["--churn", "ancestral", "heun"]),
+        ("teacher", ["--out", "x.png", "--churn", "nan", "--solver", "heun"], ["--churn nan", "from 0 on"]),
+        ("teacher", ["--out", "x.png", "--churn=-1", "--solver", "heun"], ["-1", "from 0 on"]),
+        ("teacher", ["--out", "x.png", "--churn", "4,x", "--solver", "heun"], ["'x' is not a number"]),
+        ("teacher", ["--out", "x.png", "--churn", "4,,1", "--solver", "heun"], ["empty"]),
+        ("teacher", ["--out", "x.png", "--churn", "4,2,1", "--solver", "heun"], ["from 2 to 1"]),
+        ("teacher", ["--out", "x.png", "--churn", "1,2,3,4,5", "--solver", "heun"], ["1 to 4 numbers, found 5"]),
         ("student", ["--out", "x.png", "--labels", "3"], ["no class 3", "0-2", "ant"]),
         ("student", ["--out", "x.png", "--labels", "catt"], ["catt", "ant"]),
         ("plain", ["--out", "x.png", "--labels", "0"], ["knows no classes"]),
@@ -142,6 +161,89 @@ def test_mistakes(cli, folder, tmp_path, monkeypatch, model, argv, words):
     assert result.code in (1, 2)
     result.error(result.code, *words)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="session")
+def more(tmp_path_factory):
+    """A teacher and a student with dropped labels, and a two-time model of the straight path."""
+    folder = tmp_path_factory.mktemp("more")
+    dropped = {"config": micro(num_classes=3, label_dropout=0.2), "grid_points": 4}
+    checkpoint.save(model("denoiser", **dropped), folder / "teacher.safetensors")
+    checkpoint.save(model(**dropped), folder / "student.safetensors")
+    two_times = micro(num_classes=3, label_dropout=0.2, two_times=True)
+    straight = model("flow_map", two_times, Linear(), Velocity(), grid_rho=1.0)
+    checkpoint.save(straight, folder / "flow.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "options"),
+    [
+        ("student", ["--solver", "euler", "--steps", "3"], {"solver": "euler", "steps": 3}),
+        ("student", ["--landing", "next", "--steps", "3"], {"landing": "next", "steps": 3}),
+        ("student", ["--guidance", "2.5"], {"guidance": 2.5}),
+        ("teacher", ["--landing", "next", "--steps", "3"], {"landing": "next", "steps": 3}),
+        (
+            "teacher",
+            ["--solver", "heun", "--steps", "3", "--guidance", "-1"],
+            {"solver": "heun", "steps": 3, "guidance": -1.0},
+        ),
+        (
+            "teacher",
+            ["--solver", "heun", "--steps", "3", "--churn", "1,0.1,50,1.003"],
+            {"solver": "heun", "steps": 3, "churn": Churn(1.0, 0.1, 50.0, 1.003)},
+        ),
+        ("teacher", ["--solver", "ddim", "--churn", "9"], {"solver": "ddim", "churn": Churn(9.0)}),
+        ("flow", ["--steps", "3"], {"steps": 3}),
+        ("flow", ["--times", "1,0.5", "--landing", "t_min"], {"times": [1.0, 0.5], "landing": "t_min"}),
+        ("flow", ["--solver", "heun", "--times", "1,0.5"], {"solver": "heun", "times": [1.0, 0.5]}),
+        ("flow", ["--guidance", "0"], {"guidance": 0.0}),
+    ],
+)
+def test_every_way_to_sample_is_that_of_the_library(cli, more, tmp_path, name, argv, options):
+    file = more / f"{name}.safetensors"
+    ask = ("sample", "--model", file, "--seeds", "3,5", "--labels", "1", "--precision", "fp32", "--out", tmp_path)
+    result = cli(*ask, *argv, "--json")
+    assert result.code == 0, result.stderr
+    made = next(generate(checkpoint.load(file), [3, 5], labels=1, **options)).images
+    for seed, image in zip((3, 5), files.to_uint8(made), strict=True):
+        assert torch.equal(files.read_image(tmp_path / f"{seed:06d}.png"), image)
+    told = json.loads(result.stdout)
+    asked = {key: options.get(key) for key in ("solver", "landing", "guidance") if key in options}
+    if "churn" in options:
+        asked["churn"] = [float(number) for number in argv[argv.index("--churn") + 1].split(",")]
+    assert {key: told[key] for key in told if key not in ("images", "grid", "model")} == asked
+    plain = next(
+        generate(checkpoint.load(file), [3, 5], labels=1, **({"solver": "euler"} if name == "teacher" else {}))
+    )
+    assert float((plain.images - made).abs().max()) > 0.01  # what was asked for makes a difference
+
+
+def test_a_scale_of_one_is_no_guidance(cli, plain, tmp_path):
+    result = cli("sample", "--model", plain, "--out", tmp_path, "--guidance", "1", "--json")
+    assert result.code == 0, result.stderr
+    assert "guidance" not in json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        ("there.png", ["--grid", "there.png", "folder"]),
+        ("file/grid.png", ["--grid", "file", "not a folder"]),
+        ("file/deep/er/grid.png", ["--grid", "file", "not a folder"]),
+        ("grid.gif", ["--grid", ".png"]),
+        ("shut/grid.png", ["--grid", "nothing can be written", "shut"]),
+    ],
+)
+def test_a_bad_place_for_the_grid_is_told_before_the_model_is_loaded(cli, tmp_path, monkeypatch, grid, words):
+    (tmp_path / "there.png").mkdir()
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "file").write_text("")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("shut") and access(path, mode))
+    monkeypatch.setattr(images, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    cli("sample", "--model", tmp_path / "any", "--grid", tmp_path / grid).error(2, *words)
+    cli("sample", "--model", tmp_path / "any", "--out", tmp_path / "o", "--grid", tmp_path / grid).error(2, *words)
 
 
 def test_models_that_are_none(cli, student, tmp_path):

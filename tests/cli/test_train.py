@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import signal
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,23 +17,16 @@ import torch
 from cmtool import spec
 from cmtool.cli import options, training
 from cmtool.io import checkpoint, data
+from cmtool.io.run import RunFolder
 from cmtool.networks import configs
+from cmtool.training.presets import PRESETS, Shape
 from cmtool.training.trainer import Trainer
-from tests.models import Pictures
+from tests.models import Pictures, micro, model
 
 TINY = [
     *("--batch", "4", "--precision", "fp32", "--set", "network.attention_resolutions=", "--set", "network.channels=8"),
     *("--set", "network.channel_mult=1", "--set", "network.num_blocks=1"),
 ]
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """24 pictures of 3 classes as an .npz."""
-    made = Pictures(classes=3)
-    file = tmp_path_factory.mktemp("data") / "pictures.npz"
-    np.savez(file, images=made.images.permute(0, 2, 3, 1).numpy(), labels=made.labels.numpy())
-    return file
 
 
 @pytest.fixture
@@ -94,7 +90,7 @@ def test_teach_distil_and_train_without_a_teacher(train, cli, pictures, tmp_path
     assert told["role"] == "consistency"
     assert told["teacher"] == str(tmp_path / "teacher")
     assert told["network"]["channels"] == 8  # the teacher's
-    assert told["grid_points"] == 10
+    assert told["grid_points"] == PRESETS["cd"](Shape(8)).objective.times.curriculum.num
     assert train("ct", preset="ct").code == 0
     for name in ("student", "ct"):
         assert cli("sample", "--model", tmp_path / name, "--out", tmp_path / "x.png").code == 0
@@ -149,26 +145,48 @@ def test_the_network_is_chosen_by_size(cli, pictures, tmp_path):
 def test_a_resolution_no_network_can_halve(cli, pictures, tmp_path):
     ask = ("train", "--data", pictures, "--resolution", 7, "--out", tmp_path / "x", "--dry-run", "--preset", "edm")
     cli(*ask).error(2, "7x7", "cannot be halved", "--resolution")
-    cli(*ask, "--network", "adm-lsun256").error(2, "7x7")
+    cli(*ask, "--network", "adm-lsun256").error(2, "resolution 7", "--network adm-lsun256", "--resolution")
+
+
+def test_a_network_is_fitted_to_its_method(cli, pictures, tmp_path):
+    """A named size is the body; a second time, an augmentation vector and dropout are the method's."""
+    ask = ("train", "--data", pictures, "--out", tmp_path / "x", "--dry-run", "--json", "--network", "tiny", "--preset")
+    base = spec.to_dict(configs.tiny(8, 3, 3))
+    for preset, changes in {
+        "meanflow": {"two_times": True},
+        "meanflow-cifar10": {"two_times": True, "augment_dim": 9, "dropout": 0.2},
+        "ict-imagenet64": {"dropout": 0.2},
+        "edm-lsun256": {"dropout": 0.1},  # whose own network makes no 8x8 images
+    }.items():
+        assert json.loads(cli(*ask, preset).stdout)["recipe"]["network"] == base | changes
 
 
 def test_a_student_has_its_teachers_network(train, cli, pictures, tmp_path):
     assert train("teacher").code == 0
     ask = ("distill", "--teacher", tmp_path / "teacher", "--data", pictures, "--preset", "cd", "--out", tmp_path / "x")
-    cli(*ask, "--dry-run", "--network", "tiny").error(2, "would ignore --network")
+    cli(*ask, "--dry-run", "--network", "tiny").error(2, "has a network already", "init_from_teacher=false")
     cli(*ask, "--dry-run", "--set", "network.channels=16").error(2, "another network", "--set network")
     assert cli(*ask, "--dry-run", "--set", "network.dropout=0.1").code == 0
+    fresh = cli(*ask, "--dry-run", "--json", "--network", "tiny", "--set", "init_from_teacher=false")
+    assert json.loads(fresh.stdout)["recipe"]["network"]["channels"] == configs.tiny().channels
+
+
+def test_a_student_may_start_from_another_model_than_its_teacher(train, cli, pictures, tmp_path):
+    """And then has the network of that one."""
+    assert train("teacher").code == 0
+    assert train("other", "--set", "network.channels=12", preset="ct").code == 0
+    ask = ("distill", "--teacher", tmp_path / "teacher", "--data", pictures, "--preset", "cd", "--out", tmp_path / "x")
+    more = ("--init", tmp_path / "other", "--batch", 4, "--iterations", 1, "--sample-every", 0)
+    assert cli(*ask, *more).code == 0
+    assert checkpoint.header(tmp_path / "x")["network"]["channels"] == 12
 
 
 def test_train_and_distill_do_not_do_each_others_work(train, cli, tmp_path):
     assert train("teacher").code == 0
     again = ("--config", tmp_path / "teacher", "--out", tmp_path / "x", "--dry-run")
     cli("distill", *again).error(2, "follows no teacher", "cmtool train")
-    cli("train", *again, "--teacher", tmp_path / "teacher").error(2, "cmtool distill --teacher")
-
-
-def test_divergence_says_what_is_kept(train):
-    train("run", "--lr", "1e30", "-q", iterations=40).error(1, "no checkpoint was made", "--overwrite")
+    cli("train", *again, "--teacher", tmp_path / "teacher").error(2, "--teacher", "cmtool distill --teacher")
+    cli("train", *again, "--guidance", 2).error(2, "--guidance", "cmtool distill --teacher")
 
 
 def test_duration_is_in_images(train, cli, pictures, tmp_path):
@@ -252,7 +270,7 @@ def test_a_finished_run_has_nothing_left(train, tmp_path):
 def test_a_continued_run_stays_the_same_run(train, cli, pictures, tmp_path):
     train("run")
     train("run", "--resume", "--lr", "1").error(2, "optimizer.lr", "1.0")
-    train("run", "--resume", iterations=9).error(2, "iterations = 4, not 9")
+    train("run", "--resume", iterations=9).error(2, "iterations = 4, not 9", f"--init {tmp_path / 'run'}")
     train("run", "--resume", "--seed", 3).error(2, "seed = 0, not 3")
     train("run", "--resume", preset="ct").error(2, "--preset ct contradicts")
     np.savez(pictures.parent / "other.npz", images=Pictures(seed=1).images.permute(0, 2, 3, 1).numpy())
@@ -267,12 +285,159 @@ def test_resuming_nothing(train, cli, tmp_path):
     train("mine", "--resume").error(1, "no", "config.json")
 
 
-def test_a_diverging_run_says_so_and_keeps_the_last_checkpoint(train, tmp_path):
-    result = train("run", "-q", "--lr", "1e30", "--save-every", 1, iterations=40)
-    text = result.error(1, "finite", "--lr")
-    assert "Traceback" not in text
-    states = [torch.load(file, weights_only=True) for file in (tmp_path / "run" / "checkpoints").glob("*.pt")]
-    assert all(value.isfinite().all() for state in states for value in state["model"].values())
+# --- divergence ------------------------------------------------------------------------------------------------------
+
+
+def hashes(run) -> dict[str, str]:
+    """Of all that a run leaves but its metrics."""
+    files = (file for file in run.rglob("*") if file.is_file() and file.name != "metrics.jsonl")
+    return {str(file.relative_to(run)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture
+def kept(monkeypatch) -> list[dict[str, str]]:
+    """The hashes of a run's files after each of its checkpoints."""
+    save, seen = RunFolder.save, []
+
+    def saving(self, trainer):
+        save(self, trainer)
+        seen.append(hashes(self.path))
+
+    monkeypatch.setattr(RunFolder, "save", saving)
+    return seen
+
+
+def strict(text: str) -> dict:
+    """A line of JSON, in which NaN is no number."""
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize(
+    ("preset", "term"),
+    [("edm", "denoising loss"), ("ct", "consistency loss"), ("meanflow", r"(denoising|tangent) loss of part \d")],
+)
+def test_a_diverging_run_names_step_term_and_checkpoint_and_overwrites_nothing(train, tmp_path, kept, preset, term):
+    # The rate rises from little to far too much.
+    rising = ("--lr", "1e30", "--set", "optimizer.warmup=1000000000", "--set", "optimizer.final=1")
+    often = ("--save-every", 2, "--log-every", 1, "--sample-every", 0)
+    result = train("run", "-q", *rising, *often, preset=preset, iterations=60)
+    text = result.error(1, "--lr", "--overwrite", "--precision fp32")
+    told = re.search(rf"at step (\d+) the ({term}|gradient) was no longer .*; the checkpoint of step (\d+) is", text)
+    assert told, text
+    step, last = int(told[1]), int(told[told.lastindex])
+    assert last == 2 * ((step - 1) // 2) == 2 * len(kept) > 0
+    run = tmp_path / "run"
+    assert hashes(run) == kept[-1]
+    assert checkpoint.load(run).card.iterations == last
+    lines = [strict(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines[:step]] == list(range(1, step + 1))
+    assert all(line["loss"] is not None for line in lines[: step - 1])
+    assert None in (lines[step - 1]["loss"], lines[step - 1]["grad_norm"])
+
+    again = train("run", "-q", *rising, *often, "--resume", preset=preset, iterations=60)
+    assert again.error(1) == text
+    assert hashes(run) == kept[-1]
+
+
+def test_divergence_before_the_first_checkpoint(train, tmp_path):
+    train("run", "--lr", "1e30", "-q", iterations=40).error(1, "no checkpoint was made", "--overwrite")
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# --- going on, for every method with something to remember -----------------------------------------------------------
+
+
+def state(run) -> dict:
+    """The newest training state."""
+    return torch.load(max((run / "checkpoints").glob("*.pt")), weights_only=True)
+
+
+def identical(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[name], other[name]) for name in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return one == other
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A teacher and a first stage, with weights large enough to matter."""
+    config = micro(num_classes=3, label_dropout=0.1)
+    for name, role in (("edm", "denoiser"), ("first", "consistency")):
+        checkpoint.save(model(role, config, class_names=("0", "1", "2")), tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "stops"),
+    [
+        # The stages of 8, 4, 2 and 1 steps begin after steps 2, 4 and 8 of 12: before, at and after each.
+        (["distill", "--preset", "pd", "--teacher", "edm", "--guidance", "2"], [1, 2, 3, 4, 5, 8, 9]),
+        (["distill", "--preset", "meanflow", "--teacher", "edm"], [5]),
+        (["distill", "--preset", "cd", "--teacher", "edm", "--set", "objective.target=moving_average"], [5]),
+        (["train", "--preset", "tcm", "--init", "first"], [5]),
+        (["train", "--preset", "meanflow", "--network", "tiny"], [5]),
+        (["train", "--preset", "shortcut", "--network", "tiny"], [5]),
+        (["train", "--preset", "sct", "--network", "tiny"], [5]),  # with a learned weight
+        (["train", "--preset", "ct", "--network", "tiny", "--set", "network.dropout=0.5"], [5]),
+        (["train", "--preset", "edm", "--network", "tiny", "--set", "augment=augment"], [5]),
+        (["train", "--preset", "edm", "--network", "tiny", "--set", "averages.1=power"], [5]),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value[0], str) else "",
+)
+def test_whatever_a_method_remembers_it_goes_on_with(cli, pictures, models, argv, stops):
+    files = {"edm": models / "edm.safetensors", "first": models / "first.safetensors"}
+    argv = [
+        files.get(word, word) if before in ("--teacher", "--init") else word for before, word in pairwise(["", *argv])
+    ]
+    shared = ("--data", pictures, "--batch", 8, "--iterations", 12, "--sample-every", 0, "--precision", "fp32")
+    rates = ("--set", "optimizer.warmup=0")  # large steps, so that a difference shows
+    assert cli(*argv, *shared, *rates, "--log-every", 1, "--out", models / "whole").code == 0
+    resume: tuple = ()
+    for stop in stops:
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt(patch, stop, signal.SIGTERM)
+            stopped = cli(*argv, *shared, *rates, "--log-every", 1, "--out", models / "parts", *resume)
+        assert stopped.code == 75, stopped.stderr
+        resume = ("--resume",)
+    result = cli(argv[0], "--out", models / "parts", "--resume", "--precision", "fp32", "--log-every", 1)
+    assert result.code == 0, result.stderr
+    assert same(weights(models / "whole"), weights(models / "parts"))
+    assert identical(state(models / "whole"), state(models / "parts"))
+    one, other = ([{**line, "images_per_second": 0} for line in metrics(models / name)] for name in ("whole", "parts"))
+    assert one == other
+
+
+def test_augmentation_is_told_to_the_network(train, cli, tmp_path):
+    assert train("run", "--set", "augment=augment").code == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["augment"]["kind"] == "augment"
+    assert config["recipe"]["network"]["augment_dim"] == 9
+    again = cli("train", "--config", tmp_path / "run", "--out", tmp_path / "x", "--dry-run", "--json")
+    assert json.loads(again.stdout) == config
+    made = cli("sample", "--model", tmp_path / "run", "--out", tmp_path / "x.png", "--solver", "heun", "--steps", 2)
+    assert made.code == 0, made.stderr  # which is told nothing
+    train("y", "--set", "augment=augment", "--set", "network.augment_dim=4").error(2, "augment_dim=9")
+
+
+def test_several_averages_are_kept(train, cli, tmp_path):
+    assert train("run", "--set", "averages.1=power", "--set", "averages.1.sigma_rel=0.2").code == 0
+    told = json.loads(cli("average", tmp_path / "run", "--json").stdout)["averages"]
+    assert [(entry["name"], entry["steps"]) for entry in told] == [("half-life-20000", [4]), ("power-0.2", [4])]
+    assert json.loads(cli("info", tmp_path / "run", "--json").stdout)["average"] == "half-life-20000"
+    ask = ("average", tmp_path / "run", "--name", "power-0.2", "--out", tmp_path / "p.safetensors")
+    assert cli(*ask).code == 0
+    assert checkpoint.load(tmp_path / "p.safetensors").card.average == "power-0.2"
+    assert not same(weights(tmp_path / "p.safetensors"), weights(tmp_path / "run"))
+    train("x", "--set", "averages.2=power").error(2, "averages.2")
+    train("x", "--set", "averages.1=half_life", "--set", "averages.1.images=20000").error(2, "same name")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +465,13 @@ def test_a_diverging_run_says_so_and_keeps_the_last_checkpoint(train, tmp_path):
         (["train", "--preset", "edm", "--set", "batch"], 2, ["NAME=VALUE"]),
         (["train", "--preset", "edm", "--set", "batch=many"], 2, ["batch", "many"]),
         (["train", "--preset", "edm", "--set", "network.chanels=8"], 2, ["did you mean channels"]),
-        (["train", "--preset", "edm", "--config", "nowhere"], 1, ["nowhere"]),
+        (["train", "--preset", "edm", "--config", "nowhere"], 1, ["--config nowhere: there is no such run"]),
+        (["train", "--preset", "edm", "--config", "."], 1, ["no config.json"]),
+        (["train", "--preset", "tcm"], 2, ["second stage", "--init"]),
+        (["train", "--preset", "tcm", "--init", "TEACHER"], 1, ["a denoiser", "consistency model is needed"]),
+        (["distill", "--preset", "cd", "--teacher", "TEACHER", "--guidance", "2"], 2, ["dropped", "label_dropout"]),
+        (["distill", "--preset", "cd", "--teacher", "TEACHER", "--guidance", "-1"], 2, ["--guidance -1"]),
+        (["train", "--preset", "edm", "--network", "adm-imagenet64", "--set", "augment=augment"], 2, ["kind adm"]),
         (["train", "--preset", "edm", "--config", "STUDENT"], 1, ["JSON"]),
         (["train", "--preset", "edm", "--init", "TEACHER", "--set", "network.channels=16"], 2, ["do not fit"]),
         (["train", "--preset", "edm", "--resume", "--overwrite"], 2, ["do not go together"]),

@@ -22,6 +22,12 @@ def hermite(n: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
 
 
+def legendre(n: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the integral over [0, 1] of smooth f; float64."""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
 @dataclass(frozen=True)
 class Given:
     """A time sampler that returns the times it was made with."""
@@ -37,20 +43,24 @@ class Given:
 
 @dataclass(frozen=True)
 class Rule:
-    """A weighting that turns the mean over the batch into the sum of a quadrature rule."""
+    """A weighting that turns the mean over the batch into the sum of a quadrature rule, on top of another one."""
 
     shares: Tensor
+    weight: object = None
 
     def __call__(self, path, times: Times) -> Tensor:
-        return self.shares * len(self.shares)
+        shares = self.shares * len(self.shares)
+        return shares if self.weight is None else shares * self.weight(path, times)
 
 
-def expectation(path, data, t, r=None, n=40) -> tuple[Batch, Given, Rule]:
-    """Batch, times and weights for E over the data, the noise and (uniformly) the pairs (t, r).
+def expectation(path, data, t, r=None, n=40, s=None, shares=None, weight=None) -> tuple[Batch, Given, Rule]:
+    """Batch, times and weights for E over the data, the noise and the times (t, r, s).
 
     Args:
         data: [(share, mean, std)] of a mixture of Gaussians; one component for a Gaussian.
-        t, r: times, float64 [k]; r defaults to t.
+        t, r, s: times, float64 [k]; r defaults to t, s to t_min.
+        shares: how much each of the k counts; all alike by default.
+        weight: a weighting to go with it.
     """
     z, w = hermite(n)
     x0 = torch.cat([mean + std * z for _, mean, std in data])
@@ -61,5 +71,7 @@ def expectation(path, data, t, r=None, n=40) -> tuple[Batch, Given, Rule]:
     )
     batch = Batch(x0[i][:, None, None, None], None, z[j][:, None, None, None])
     r = t if r is None else r
-    times = Given(t[pair], r[pair], torch.full_like(t[pair], path.t_min))
-    return batch, times, Rule(wx[i] * w[j] / len(t))
+    s = torch.full_like(t, path.t_min) if s is None else s
+    times = Given(t[pair], r[pair], s[pair])
+    shares = torch.full_like(t, 1 / len(t)) if shares is None else shares
+    return batch, times, Rule(shares[pair] * wx[i] * w[j], weight)

@@ -12,7 +12,7 @@ from torch import nn
 from cmtool import rng
 from cmtool.errors import ConfigError
 from cmtool.flow import VE, Linear, Trig
-from cmtool.solvers import DPMSolver2, Euler, Heun
+from cmtool.solvers import DDIM, DPMSolver2, Euler, Heun
 from cmtool.times import Adjacent, Constant, Karras
 from cmtool.training.distances import L1, L2, LPIPS, PseudoHuber
 from cmtool.training.objectives import Consistency, Denoising
@@ -20,25 +20,11 @@ from cmtool.training.targets import MovingAverage
 from cmtool.training.trajectory import Batch, Data, PathSample, Teacher
 from tests import models
 from tests.models import micro
+from tests.objectives.gaussian import GAUSSIAN, MEAN, STD, gaussian_batch, generator, normal, paths, short
 from tests.objectives.quadrature import Given, expectation
 from tests.oracles import GaussianConsistency, GaussianOracle
 
-PATHS = [VE(), Linear(), Trig()]
-paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
 DISTANCES = [L2(), L1(), PseudoHuber(c=0.03)]
-MEAN, STD = 0.3, 0.5
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
-
-
-def gaussian_batch(n=256, shape=(1, 2, 2)):
-    return Batch(MEAN + STD * normal(n, *shape), None, normal(n, *shape, seed=1))
 
 
 def distillation(path, substeps, distance=None, num=18, solver=None):
@@ -118,68 +104,90 @@ def test_the_gradient_is_that_of_the_loss_with_the_target_held_fixed(path, dista
 
 # Consistency training, theorem 2 of Song et al. (2023): its gradient is distillation's as the grid grows finer.
 
-SHORT = VE(0.002, 2.0)
-GAUSSIAN = [(1.0, MEAN, STD)]
 
-
-def gradients(trajectory, parameter, t, r, n=24):
+def gradients(path, trajectory, parameter, t, r, n=24):
     """d loss / d parameter with an online target, as an expectation over data and noise."""
-    batch, times, rule = expectation(SHORT, GAUSSIAN, t, r, n)
+    batch, times, rule = expectation(path, GAUSSIAN, t, r, n)
     config = Consistency(trajectory, times, L2(), rule)
-    objective = config.build(GaussianOracle(SHORT, MEAN, STD))
-    model = GaussianConsistency(SHORT, MEAN, STD, tilt=0.4)
+    objective = config.build(GaussianOracle(path, MEAN, STD))
+    model = GaussianConsistency(path, MEAN, STD, tilt=0.4)
     if parameter == "std":
-        model = GaussianConsistency(SHORT, MEAN, nn.Parameter(torch.tensor(0.8, dtype=torch.float64)))
+        model = GaussianConsistency(path, MEAN, nn.Parameter(torch.tensor(0.8, dtype=torch.float64)))
     objective(model, model, batch, 0.0, generator()).value.backward()
     return float(getattr(model, parameter).grad)
 
 
-def pairs(num):
-    grid = Karras().times(SHORT, num).double()
+def pairs(path, num):
+    grid = Karras(path.rho).times(path, num).double()
     return grid[:-1], grid[1:]
 
 
+@short
 @pytest.mark.parametrize("solver", [Euler(), Heun()], ids=lambda solver: solver.kind)
-def test_training_has_the_gradient_of_distillation_on_a_fine_grid(solver):
+def test_training_has_the_gradient_of_distillation_on_a_fine_grid(path, solver):
     distillation, difference = [], []
     for num in (41, 81, 161):
-        distillation.append(gradients(Teacher(solver), "tilt", *pairs(num)))
-        difference.append(gradients(Data(), "tilt", *pairs(num)) - distillation[-1])
+        distillation.append(gradients(path, Teacher(solver), "tilt", *pairs(path, num)))
+        difference.append(gradients(path, Data(), "tilt", *pairs(path, num)) - distillation[-1])
     # the gradient falls as the step between neighbours, what separates the two as its square
     for coarse, fine in pairwise(distillation):
         assert coarse / fine == pytest.approx(2, rel=0.12)
     for coarse, fine in pairwise(difference):
-        assert coarse / fine == pytest.approx(4, rel=0.07)
-    assert 1e-3 < difference[-1] / distillation[-1] < 0.02
+        assert coarse / fine == pytest.approx(4, rel=0.12)
+    assert 1e-4 < abs(difference[-1] / distillation[-1]) < 0.05
 
 
+@short
 @pytest.mark.parametrize("num", [5, 18])
-def test_for_a_model_that_is_linear_in_x_they_are_equal_on_any_grid(num):
-    """E[x_r | x_t] is one Euler step of the exact teacher."""
-    teacher, data = (gradients(trajectory, "std", *pairs(num)) for trajectory in (Teacher(Euler()), Data()))
+def test_for_a_model_that_is_linear_in_x_they_are_equal_on_any_grid(path, num):
+    """E[x_r | x_t] is one Euler step of the exact teacher (on `Trig` x_t turns: there it is a step of DDIM)."""
+    step = DDIM() if isinstance(path, Trig) else Euler()
+    teacher, data = (gradients(path, trajectory, "std", *pairs(path, num)) for trajectory in (Teacher(step), Data()))
     assert data == pytest.approx(teacher, rel=1e-9)
     assert abs(data) > 1e-4
-    assert abs(gradients(Teacher(Heun()), "std", *pairs(num)) / data - 1) > 1e-3
+    assert abs(gradients(path, Teacher(Heun()), "std", *pairs(path, num)) / data - 1) > 1e-3
 
 
-def test_the_quadrature_is_converged():
-    coarse, fine = (gradients(Data(), "tilt", *pairs(11), n) for n in (24, 40))
+@short
+def test_the_quadrature_is_converged(path):
+    coarse, fine = (gradients(path, Data(), "tilt", *pairs(path, 11), n) for n in (24, 40))
     assert coarse == pytest.approx(fine, rel=1e-8)
 
 
-def test_the_pull_of_training_away_from_the_exact_function_vanishes_on_a_fine_grid():
+@short
+def test_the_pull_of_training_away_from_the_exact_function_vanishes_on_a_fine_grid(path):
     """It falls as the square of the step, the gradient elsewhere as the step itself."""
     grads = {}
     for num in (21, 41, 81):
-        batch, times, rule = expectation(SHORT, GAUSSIAN, *pairs(num), n=24)
+        batch, times, rule = expectation(path, GAUSSIAN, *pairs(path, num), n=24)
         objective = Consistency(Data(), times, L2(), rule).build()
         for tilt in (0.0, 0.4):
-            model = GaussianConsistency(SHORT, MEAN, STD, tilt=tilt)
+            model = GaussianConsistency(path, MEAN, STD, tilt=tilt)
             objective(model, model, batch, 0.0, generator()).value.backward()
             grads[num, tilt] = abs(float(model.tilt.grad))
     for coarse, fine in ((21, 41), (41, 81)):
         assert grads[coarse, 0.0] / grads[fine, 0.0] > 1.7 * grads[coarse, 0.4] / grads[fine, 0.4]
-    assert grads[81, 0.0] < 0.05 * grads[81, 0.4]
+    assert grads[81, 0.0] < 0.1 * grads[81, 0.4]
+
+
+# A teacher of another path.
+
+VIEWS = [(VE(), Trig()), (Trig(), VE()), (VE(), Linear().like(VE())), (Linear(), Trig()), (Trig(), Linear().like(VE()))]
+
+
+@pytest.mark.parametrize(("own", "path"), VIEWS, ids=lambda path: path.kind)
+def test_a_teacher_is_read_on_the_students_path(own, path):
+    """It is the same teacher: the exact one leaves the exact function no loss, and every step is that of its twin."""
+    batch = gaussian_batch()
+    config = Consistency(Teacher(Heun(), 64, Karras(path.rho)), Adjacent(Karras(path.rho)))
+    losses = []
+    for model in (GaussianConsistency(path, MEAN, STD), GaussianConsistency(path, MEAN, STD, tilt=0.1)):
+        from_afar, at_home = (
+            value(config.build(GaussianOracle(where, MEAN, STD)), model, batch).detach() for where in (own, path)
+        )
+        losses.append(float(from_afar))
+        torch.testing.assert_close(from_afar, at_home, rtol=1e-3, atol=1e-9)
+    assert losses[0] < 1e-6 * losses[1]
 
 
 # Who is called with what.
@@ -338,12 +346,6 @@ def test_a_teacher_where_there_must_be_one():
         Consistency(Teacher()).build()
     with pytest.raises(ValueError, match="substeps"):
         Teacher(substeps=0)
-
-
-def test_a_teacher_on_another_path():
-    objective = distillation(VE(), 1)
-    with pytest.raises(ConfigError, match="path"):
-        value(objective, GaussianConsistency(Trig()), gaussian_batch(4))
 
 
 def test_lpips_needs_its_trunk():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from torch.autograd import functional
 from torch.nn import functional as F
 
-from cmtool.flow import VE, Linear, Trig
+from cmtool.flow import EDM, VE, Linear, Trig
 from cmtool.times import Times
 from cmtool.training import distances, weights
 from cmtool.training.distances import DISTANCES, L1, L2, LPIPS, PseudoHuber
 from cmtool.training.weights import WEIGHTS
+from tests.models import trunk
 
 STATELESS = [L1(), L2(), L2(resize=4), PseudoHuber(), PseudoHuber(c=1.0)]
 stateless = pytest.mark.parametrize("distance", STATELESS, ids=repr)
@@ -97,13 +100,7 @@ def test_all_distances_are_known_by_name():
 
 @pytest.fixture(scope="module")
 def lpips_module():
-    shapes = {0: (64, 3, 11), 3: (192, 64, 5), 6: (384, 192, 3), 8: (256, 384, 3), 10: (256, 256, 3)}  # AlexNet's
-    state = {"classifier.1.bias": torch.zeros(4096)}  # of no use
-    for seed, (layer, (out, width, side)) in enumerate(shapes.items()):
-        fan_in = width * side * side
-        state[f"features.{layer}.weight"] = normal(out, width, side, side, seed=seed).float() / fan_in**0.5
-        state[f"features.{layer}.bias"] = normal(out, seed=seed).float()
-    return LPIPS("alex").build(state), state
+    return LPIPS("alex").build(trunk()), trunk()
 
 
 @pytest.mark.slow
@@ -139,37 +136,129 @@ def test_lpips_has_a_gradient_also_at_zero_distance(lpips_module):
     assert bool(grad.isfinite().all())
 
 
-# Weights, on VE at t = 0.5, 1, 4 with neighbours at half of it.
+# The form for neighbours: the leading term of d(a, a + h u).
+
+
+def leading(distance, a, u, power):
+    """d(a, a + h u) / h^power for h that halves."""
+    return [distance(a, a + h * u) / h**power for h in (0.2, 0.1, 0.05)]
+
+
+@stateless
+def test_the_form_for_neighbours_is_the_leading_term(distance):
+    a, u = normal(3, 3, 8, 8), 0.001 * normal(3, 3, 8, 8, seed=1)
+    metric = distance.metric(a, u)
+    errors = [(found / metric - 1).abs().max() for found in leading(distance, a, u, 1 if distance.kind == "l1" else 2)]
+    if distance.kind in ("l1", "l2"):  # is its own leading term
+        assert max(errors) < 1e-8
+    else:  # the next is of h^4
+        assert float(errors[2]) < 1e-2
+        assert float(errors[0] / errors[1]) == pytest.approx(4, rel=0.1)
+    assert metric.shape == (3,)
+    torch.testing.assert_close(distance.metric(a, -2 * u), metric * (2 if distance.kind == "l1" else 4))
+    assert torch.equal(distance.metric(a, torch.zeros_like(u)), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("distance", [L2(), L2(resize=4), PseudoHuber(), PseudoHuber(c=1.0)], ids=repr)
+def test_the_form_for_neighbours_is_half_the_hessian(distance):
+    a, u = normal(1, 1, 8, 8), normal(1, 1, 8, 8, seed=1)
+    _, product = functional.hvp(lambda x: distance(x, a).sum(), a, u)
+    torch.testing.assert_close(distance.metric(a, u), (product * u).sum((1, 2, 3)) / 2)
+
+
+@pytest.mark.slow
+def test_the_form_of_lpips_for_neighbours(lpips_module):
+    module = copy.deepcopy(lpips_module[0]).double()
+    a, u = normal(2, 3, 32, 32).tanh(), 0.001 * normal(2, 3, 32, 32, seed=1)
+    metric = module.metric(a, u)
+    errors = [(found / metric - 1).abs().max() for found in leading(module, a, u, 2)]
+    assert float(errors[2]) < 1e-2
+    assert float(errors[2]) < 0.7 * float(errors[0])
+    torch.testing.assert_close(module.metric(a, -2 * u), 4 * metric)
+    # finite, and with a finite gradient, also where every feature of a pixel is dead
+    flat = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    for layer in module.model.net.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.bias.data.fill_(-1.0)
+    slope = u[:1].clone().requires_grad_()
+    found = module.metric(flat, slope)
+    (grad,) = torch.autograd.grad(found.sum(), slope)
+    assert bool(found.isfinite().all())
+    assert bool(grad.isfinite().all())
+
+
+# Weights, on VE at t = 0.5, 1, 4 with neighbours at half of it and landings at a quarter.
 
 T = torch.tensor([0.5, 1.0, 4.0])
-ON_VE = {
+OF_THE_RATIO = {
     "uniform": [1, 1, 1],
     "snr": [4, 1, 1 / 16],
     "snr_plus_one": [5, 2, 17 / 16],
     "truncated_snr": [4, 1, 1],
     "karras_weight": [8, 5, 4 + 1 / 16],
-    "inverse_gap": [4, 2, 0.5],
+    "inverse_ratio": [2, 1, 1 / 4],
 }
+ON_VE = OF_THE_RATIO | {
+    "inverse_gap": [4, 2, 0.5],
+    "inverse_jump": [1 / 0.375**2, 1 / 0.75**2, 1 / 9],
+    "velocity_error": [4, 1, 1 / 16],  # dx / dt = (x - D) / t
+    "alpha": [1, 1, 1],
+}
+
+
+def weigh(weight, path, t):
+    return weight(path, Times(t, t / 2, t / 4))
+
+
+def test_every_weight_is_checked():
+    assert ON_VE.keys() == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
 def test_weights_by_hand(kind):
-    found = WEIGHTS[kind]()(VE(), Times(T, T / 2, torch.full_like(T, 0.002)))
+    found = weigh(WEIGHTS[kind](), VE(), T)
     torch.testing.assert_close(found, torch.tensor(ON_VE[kind], dtype=torch.float32))
 
 
-@pytest.mark.parametrize("kind", sorted(WEIGHTS.keys() - {"inverse_gap"}))
+@pytest.mark.parametrize("kind", OF_THE_RATIO)
 @pytest.mark.parametrize("path", [Linear(), Trig()], ids=lambda path: path.kind)
 def test_weights_are_functions_of_the_noise_to_signal_ratio(kind, path):
-    t = path.time(T)
-    found = WEIGHTS[kind]()(path, Times(t, t, t))
-    torch.testing.assert_close(found, torch.tensor(ON_VE[kind], dtype=torch.float32), rtol=1e-5, atol=0)
+    found = weigh(WEIGHTS[kind](), path, path.time(T))
+    torch.testing.assert_close(found, torch.tensor(OF_THE_RATIO[kind], dtype=torch.float32), rtol=1e-5, atol=0)
+
+
+def test_weights_of_the_paths_own_time():
+    t = torch.tensor([0.2, 0.5, 0.9])
+    torch.testing.assert_close(weigh(weights.VelocityError(), Linear(), t), t**-2)
+    torch.testing.assert_close(weigh(weights.VelocityError(power=1), Linear(), t), 1 / t)
+    # TrigFlow: the velocity turns with D by 1 / sin t
+    torch.testing.assert_close(weigh(weights.VelocityError(), Trig(), t), t.sin() ** -2)
+    torch.testing.assert_close(weigh(weights.InverseJump(), Linear(), t), (0.75 * t) ** -2)
+    torch.testing.assert_close(weigh(weights.InverseGap(), Trig(), t), 2 / t)
+    torch.testing.assert_close(weigh(weights.Alpha(), Trig(), t), t.cos())
+    torch.testing.assert_close(weigh(weights.Alpha(), Linear(), t), 1 - t)
+    torch.testing.assert_close(weigh(weights.InverseRatio(), Trig(), t), 1 / (0.5 * t.tan()))
+
+
+@pytest.mark.parametrize("path", [VE(), Linear(), Trig()], ids=lambda path: path.kind)
+def test_the_velocity_error_is_the_slope_of_the_velocity_in_the_estimate(path):
+    x, d = normal(2, 3, 1, 1, 1)
+    t = path.time(T.double())
+    slope = (path.ode_velocity(x, d + 1, t) - path.ode_velocity(x, d, t)).flatten()
+    torch.testing.assert_close(weigh(weights.VelocityError(), path, t), slope**2)
 
 
 def test_karras_weight_makes_the_effective_weight_of_f_one():
     """lambda(t) out(t)^2 = 1: Karras et al. (2022), eq. 144."""
-    from cmtool.flow import EDM
-
     for data in (0.5, 1.3):
         _, out, _ = EDM(sigma_data=data).denoised(VE(), T)
-        torch.testing.assert_close(weights.Karras(data)(VE(), Times(T, T, T)) * out**2, torch.ones(3))
+        torch.testing.assert_close(weigh(weights.Karras(data), VE(), T) * out**2, torch.ones(3))
+
+
+@pytest.mark.parametrize("path", [VE(), Linear(), Trig()], ids=lambda path: path.kind)
+def test_karras_weight_in_continuous_time_is_that_of_a_grid_even_in_the_logarithm(path):
+    """Neighbours a share of the ratio apart: what is linear in the derivative gains a factor of it, squares two."""
+    t = path.time(T)
+    plain = weigh(weights.Karras(), path, t)
+    for power in (1, 2):
+        torch.testing.assert_close(weigh(weights.Karras(power=power), path, t), plain * T**power)

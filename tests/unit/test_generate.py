@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,23 +13,35 @@ import cmtool
 from cmtool import rng
 from cmtool.editing import AvgPool, Luma, Mask
 from cmtool.errors import DataError, UsageError
-from cmtool.flow import VE, Linear, Trig
+from cmtool.flow import EDM, VE, BoundaryEDM, Linear, Trig, Velocity
 from cmtool.generate import colorize, edit, edit_times, generate, inpaint, labels_for, sample, superres
-from cmtool.solvers import Churn, Heun, solve
+from cmtool.sampler import default_times
+from cmtool.sampler import sample as run_sampler
+from cmtool.solvers import SOLVERS, Churn, Heun, solve
 from cmtool.times import Karras
 from tests import models
 from tests.models import micro
-from tests.oracles import GaussianConsistency, GaussianOracle
+from tests.oracles import GaussianConsistency, GaussianOracle, learned
 
 LEVEL = 1 / 127.5  # of uint8, in image units
 CONSISTENCY = models.model(config=micro(num_classes=4), times={"2": (80.0, 0.8)})
 DENOISER = models.model("denoiser", config=micro(num_classes=4))
+DROPPED = models.model("denoiser", config=micro(num_classes=4, label_dropout=0.1))
+FLOW = models.model(
+    "flow_map", micro(num_classes=4, label_dropout=0.1, two_times=True), Linear(), Velocity(), grid_rho=1.0
+)
 KINDS = {
     "one step": (CONSISTENCY, {}),
     "three steps": (CONSISTENCY, {"steps": 3}),
     "heun": (DENOISER, {"solver": "heun", "steps": 4}),
     "ancestral": (DENOISER, {"solver": "ancestral", "steps": 4}),
     "churn": (DENOISER, {"solver": "dpm2", "steps": 4, "churn": Churn(2.0)}),
+    "the ODE view": (CONSISTENCY, {"solver": "euler", "steps": 4}),
+    "jumps": (FLOW, {"steps": 3}),
+    "jumps of a denoiser": (DENOISER, {"landing": "next", "steps": 3}),
+    "renoised jumps": (FLOW, {"landing": "t_min", "steps": 3}),
+    "guided": (DROPPED, {"solver": "ddim", "steps": 4, "guidance": 2.0}),
+    "guided jumps": (FLOW, {"steps": 2, "guidance": 3.0}),
 }
 kinds = pytest.mark.parametrize(("model", "options"), KINDS.values(), ids=KINDS)
 
@@ -138,12 +152,163 @@ def test_a_gaussian_denoiser_makes_gaussian_images(path, solver):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_gaussian_consistency_model_makes_gaussian_images(steps):
-    model = GaussianConsistency(VE(), mean=0.1, std=0.2, image_shape=(3, 8, 8))
+@pytest.mark.parametrize("path", [VE(), Linear(), Trig(), Trig(0.0, math.pi / 2)], ids=lambda path: path.kind)
+def test_a_gaussian_consistency_model_makes_gaussian_images(path, steps):
+    model = GaussianConsistency(path, mean=0.1, std=0.2, image_shape=(3, 8, 8))
     made = sample(model, 300, steps=steps)
     n = made.numel()
     assert float(made.mean()) == pytest.approx(0.1, abs=4 * 0.2 / math.sqrt(n) + 1e-3)
     assert float(made.std()) == pytest.approx(0.2, rel=4 / math.sqrt(2 * n) + 1e-3)
+
+
+# The straight and the trigonometric path, from pure noise to clean images.
+
+
+def convergence(make, exact, steps):
+    """Largest errors of the images against the exact ones, by number of steps."""
+    return [float((make(n) - exact.clamp(-1, 1)).abs().max()) for n in steps]
+
+
+STRAIGHT = [Linear(), Trig(0.0, math.pi / 2)]
+
+
+@pytest.mark.parametrize("path", STRAIGHT, ids=lambda path: path.kind)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solution_converges_to_the_closed_form_with_the_order_of_its_solver(path, solver):
+    """The ODE of Gaussian data from x_1 = eps to x_0 = mean + std eps."""
+    model = GaussianOracle(path, mean=0.1, std=0.2, image_shape=(3, 8, 8))
+    model.card = replace(model.card, grid_rho=path.rho)
+    exact = 0.1 + 0.2 * rng.noise([3, 4], (3, 8, 8))
+    errors = convergence(lambda n: images(model, [3, 4], solver=solver, steps=n, clip=False), exact, steps=(16, 32, 64))
+    for coarse, fine in pairwise(errors):
+        assert coarse / fine == pytest.approx(2 ** SOLVERS[solver].order, rel=0.2)
+    assert errors[-1] < (0.03 if SOLVERS[solver].order == 1 else 3e-3)
+
+
+@pytest.mark.parametrize("path", STRAIGHT, ids=lambda path: path.kind)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_solution_of_few_steps_on_the_straight_path(path, solver):
+    """Neither end is special to the caller: 1, 2, 3 steps, or times given, and no number is lost at t = 0 or 1."""
+    model = models.model("denoiser", path=path, parameterization=Velocity(), grid_rho=path.rho)
+    for steps in (1, 2, 3):
+        (part,) = generate(model, [3], solver=solver, steps=steps)
+        assert bool(part.images.isfinite().all())
+        assert part.nfe == SOLVERS[solver].calls * steps - (solver == "heun")
+        times = torch.linspace(path.t_max, 0, steps + 1)
+        torch.testing.assert_close(images(model, [3], solver=solver, times=times[:-1]), part.images)
+        torch.testing.assert_close(images(model, [3], solver=solver, times=times), part.images)
+    # one step of Euler (Heun's, where it ends without noise) follows the velocity, one of DDIM is the estimate
+    x = path.sigma(torch.tensor(path.t_max)) * rng.noise([3], (3, 8, 8))
+    t = torch.full((1,), path.t_max)
+    estimate = model.denoised(x, t).clamp(-1, 1)
+    one = x - path.t_max * path.ode_velocity(x, estimate, t) if solver in ("euler", "heun") else estimate
+    if solver != "dpm2":
+        torch.testing.assert_close(images(model, [3], solver=solver, steps=1), one.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", [VE(), *STRAIGHT, Trig()], ids=lambda path: f"{path.kind}-{path.t_min:.1g}")
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_two_time_model_jumps_along_the_ode(path, steps):
+    exact = GaussianOracle(path, mean=0.1, std=0.2, image_shape=(3, 8, 8))
+    model = learned(exact, EDM(), two_times=True, grid_rho=path.rho)
+    (part,) = generate(model, [3, 4], steps=steps)
+    t_max, t_min = torch.full((2,), path.t_max), torch.full((2,), path.t_min)
+    start = path.sigma(t_max[0]) * rng.noise([3, 4], (3, 8, 8))
+    torch.testing.assert_close(part.images, exact.jump(start, t_max, t_min).clamp(-1, 1), rtol=0, atol=2e-3)
+    assert part.nfe == steps
+    # the other landing renoises on the way: other images of the same data
+    other = images(model, [3, 4], steps=steps, landing="t_min")
+    assert torch.allclose(other, part.images, atol=2e-3) == (steps == 1)
+    assert float(other.std()) == pytest.approx(0.2, rel=0.15)
+
+
+def test_the_landing_is_that_of_the_role_unless_asked_for():
+    noise = [rng.noise([3, 4], (3, 8, 8), stream) for stream in range(3)]
+
+    def by_hand(model, landing):
+        times = default_times(model, 3, landing)
+        start = model.path.sigma(times[0]) * noise[0]
+        *_, state = run_sampler(
+            model, start, times, noise=noise.__getitem__, labels=torch.tensor([1, 1]), landing=landing
+        )
+        return state.denoised.clamp(-1, 1)
+
+    for model, default in ((FLOW, "next"), (CONSISTENCY, "t_min")):
+        made = {
+            landing: sample(model, seeds=[3, 4], steps=3, labels=1, landing=landing)
+            for landing in ("t_min", "next", None)
+        }
+        for landing in ("t_min", "next"):
+            torch.testing.assert_close(made[landing], by_hand(model, landing))
+        assert torch.equal(made[None], made[default])
+        assert float((made["t_min"] - made["next"]).abs().max()) > 0.1
+    torch.testing.assert_close(
+        sample(DENOISER, seeds=[3, 4], steps=3, labels=1, landing="next"), by_hand(DENOISER, "next")
+    )
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("ddim", 1), ("heun", 2)])
+def test_the_ode_view_of_a_consistency_model_solves_its_equation(solver, order):
+    """x' = (x - f(x, t)) / t with f = m + k (x - m), k = sqrt((s^2 + e^2) / (s^2 + t^2)), from t = 80 to e = t_min:
+
+    (x_e - m) / (x_t - m) = (e / t) exp(c / s (asinh(s / e) - asinh(s / t))), c^2 = s^2 + e^2. It is not the data's ODE:
+    the samples are about twice as wide as the data.
+    """
+    mean, std, low, high = 0.1, 0.1, 0.002, 80.0
+    oracle = GaussianConsistency(VE(), mean, std, image_shape=(3, 8, 8))
+    c = math.sqrt(std**2 + low**2)
+    gain = low / high * math.exp(c / std * (math.asinh(std / low) - math.asinh(std / high)))
+    exact = mean + gain * (80 * rng.noise([3, 4], (3, 8, 8)) - mean)
+    assert gain * 80 == pytest.approx(2 * std, rel=0.03)
+    for model in (oracle, learned(oracle, BoundaryEDM())):
+        errors = convergence(
+            lambda n, model=model: images(model, [3, 4], solver=solver, steps=n, clip=False), exact, steps=(64, 128)
+        )
+        assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
+        assert errors[-1] < (0.05 if order == 1 else 0.005)
+
+
+# Guidance.
+
+
+@pytest.mark.parametrize("path", [VE(), Linear()], ids=lambda path: path.kind)
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.7])
+@pytest.mark.parametrize("kind", ["denoiser", "consistency", "flow_map"])
+def test_guided_images_are_those_of_the_gaussian_that_guidance_makes(path, scale, kind):
+    """Of classes N(m, s^2), and N(m0, s^2) where the label is hidden: the Gaussian with mean m0 + w (m - m0)."""
+    oracle = {"denoiser": GaussianOracle, "consistency": GaussianConsistency, "flow_map": GaussianOracle}[kind]
+    parameterization = BoundaryEDM() if kind == "consistency" else EDM()
+    options = {"solver": "heun", "steps": 6} if kind == "denoiser" else {"steps": 2}
+    shape, card = (3, 8, 8), {"grid_rho": path.rho}
+    means, seeds = (-0.3, 0.1, 0.35), [3, 4, 5]
+    model = learned(oracle(path, 0.05, 0.2, shape), parameterization, kind == "flow_map", means, **card)
+    made = images(model, seeds, labels=[0, 1, 2], guidance=scale, **options)
+    for image, seed in zip(made, seeds, strict=True):
+        mean = 0.05 + scale * (means[seed % 3] - 0.05)
+        single = learned(oracle(path, mean, 0.2, shape), parameterization, kind == "flow_map", **card)
+        torch.testing.assert_close(image, images(single, [seed], **options)[0], rtol=0, atol=5e-4)
+    assert torch.equal(sample(model, seeds=seeds, labels=[0, 1, 2], guidance=scale, **options), made)
+    if scale == 1:
+        assert torch.equal(images(model, seeds, labels=[0, 1, 2], **options), made)
+
+
+def test_clipping_on_the_way_can_be_left_out():
+    wide = models.model(parameterization=BoundaryEDM(sigma_data=3.0))
+    for options in ({}, {"landing": "next"}, {"solver": "heun"}):
+        free, clipped = (images(wide, [3, 4], steps=3, clip=clip, **options) for clip in (False, True))
+        assert float((free - clipped).abs().max()) > 0.05
+    # and without it the jumps of Gaussian data end where one of them does, however far from the range
+    exact = GaussianConsistency(VE(), mean=0.5, std=1.0, image_shape=(3, 8, 8))
+    one, three = (images(exact, [3, 4], clip=False, landing="next", steps=steps) for steps in (1, 3))
+    torch.testing.assert_close(three, one, rtol=0, atol=1e-4)
+
+
+def test_guidance_also_works_on_the_labels_of_the_seeds():
+    plain, strong = (images(DROPPED, range(4), solver="euler", steps=3, guidance=w) for w in (1.0, 4.0))
+    assert float((plain - strong).abs().max()) > 0.01
+    drawn = rng.labels(range(4), 4).tolist()
+    again = images(DROPPED, range(4), solver="euler", steps=3, guidance=4.0, labels=drawn)
+    torch.testing.assert_close(again, strong)
 
 
 # Which class.
@@ -180,7 +345,18 @@ def test_a_model_without_classes_takes_none():
     [
         (DENOISER, {}, "needs a solver"),
         (DENOISER, {"solver": "rk45"}, "'rk45'"),
-        (CONSISTENCY, {"solver": "heun"}, "takes no solver"),
+        (CONSISTENCY, {"solver": "heun", "landing": "next"}, "makes no jumps"),
+        (CONSISTENCY, {"solver": "heun", "landing": "t_min"}, "makes no jumps"),
+        (CONSISTENCY, {"landing": "there"}, "'there'"),
+        (DENOISER, {"landing": "there"}, "'there'"),
+        (DENOISER, {"landing": "t_min"}, "needs a solver"),
+        (DENOISER, {"landing": "next", "steps": 0}, "at least 1"),
+        (DENOISER, {"landing": "next", "times": [90.0]}, "90 is not on"),
+        (FLOW, {"times": [1.5, 0.5]}, "1.5 is not on"),
+        (CONSISTENCY, {"guidance": 2.0}, "label_dropout"),
+        (models.model(), {"guidance": 2.0}, "has none"),
+        (DROPPED, {"guidance": math.nan, "solver": "heun"}, "finite"),
+        (DROPPED, {"guidance": math.inf, "solver": "heun"}, "finite"),
         (CONSISTENCY, {"steps": 0}, "at least 1"),
         (DENOISER, {"solver": "heun", "steps": 0}, "at least 1"),
         (CONSISTENCY, {"times": [1.0, 2.0]}, "decrease"),

@@ -244,12 +244,23 @@ def test_shares_of_a_stage():
     assert Halving(1).stage(0.25) == (0, 0.25)
     assert [Halving(1)(progress) for progress in (-1.0, 0.5, 1.0)] == [2, 2, 2]
     assert Halving(8).stage(-1.0) == (0, 0.0)
+    # to 2 steps: 8, 4, 2 2 of four units
+    assert [Halving(8, 2)(unit / 4) - 1 for unit in range(5)] == [8, 4, 2, 2, 2]
+    assert Halving(8, 2).stage(0.75) == (2, 0.5)
+    assert Halving(8, 4).stage(1.0) == (1, 1.0)
+    assert Halving(4, 4).stage(0.3) == (0, 0.3)
 
 
 @pytest.mark.parametrize("start", [0, -2, 3, 100])
 def test_halving_starts_at_a_power_of_two(start):
     with pytest.raises(ValueError, match="power of two"):
         Halving(start)
+
+
+@pytest.mark.parametrize("ends", [(4, 8), (8, 3), (8, 0)])
+def test_halving_goes_down_to_a_power_of_two(ends):
+    with pytest.raises(ValueError, match="halving"):
+        Halving(*ends)
 
 
 @pytest.mark.parametrize("kind", CURRICULA)

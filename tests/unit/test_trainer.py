@@ -11,15 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cmtool.errors import ConfigError, DataError, DivergenceError
-from cmtool.flow import EDM, VE, ModelCard
-from cmtool.times import Adjacent, Constant, Progressive
-from cmtool.training.average import Exponential, HalfLife, blend
-from cmtool.training.distances import PseudoHuber
-from cmtool.training.objectives import Consistency, Denoising
+from cmtool.flow import EDM, VE, Linear, ModelCard, Trig, Velocity
+from cmtool.networks import MLPConfig
+from cmtool.times import Adjacent, Constant, Fixed, Halving, LogStudentT, Mapped, NextGrid, Pair, Progressive
+from cmtool.training import weights
+from cmtool.training.augment import Augment
+from cmtool.training.average import Exponential, HalfLife, Power, blend
+from cmtool.training.distances import L2, PseudoHuber
+from cmtool.training.objectives import Consistency, Denoising, Loss, Mixture, Objective, Part, Tangent
 from cmtool.training.recipe import Optimizer, Recipe
-from cmtool.training.targets import AdaptiveAverage, MovingAverage, Online
-from cmtool.training.trainer import Order, Trainer
-from cmtool.training.trajectory import Data, Teacher
+from cmtool.training.tangents import Adaptive, Learned, Normalised
+from cmtool.training.targets import AdaptiveAverage, MovingAverage, Online, Truncated
+from cmtool.training.trainer import Health, Order, Trainer
+from cmtool.training.trajectory import Data, Predecessor, Teacher
 from tests import models
 from tests.models import Pictures, micro
 
@@ -48,15 +52,86 @@ CD_RECIPE = Recipe(
 )
 
 
-def teacher():
-    return models.model("denoiser", NETWORK)
+# Small and smooth, for the methods that need no convolution.
+PLAIN = MLPConfig(resolution=4, in_channels=3, out_channels=3, num_classes=3, width=16, depth=1, dropout=0.1)
+BRIEF = COMMON | {"network": PLAIN, "iterations": 10}
+PD_RECIPE = Recipe(
+    "pd",
+    "flow_map",
+    Consistency(Predecessor(), NextGrid(Halving(4)), L2(), weights.TruncatedSNR(), compare_denoised=True),
+    parameterization=EDM(),
+    init_from_teacher=True,
+    **BRIEF,
+)
+SCD_RECIPE = Recipe(
+    "scd",
+    "consistency",
+    Tangent(Teacher(), limit=Normalised(), warmup=0.5, weight=weights.InverseRatio(), balance=Learned(8)),
+    path=Trig(),
+    parameterization=EDM(),
+    **BRIEF,
+)
+CUT = Consistency(Data(), Mapped(LogStudentT(low=1.0)), PseudoHuber(), weights.InverseGap(), Truncated())
+TCM_RECIPE = Recipe(
+    "tcm",
+    "consistency",
+    Mixture((Part(CUT, 0.75, 1.0), Part(replace(CUT, times=Mapped(Fixed(1.0))), 0.25, 0.1))),
+    parameterization=EDM(),
+    **BRIEF,
+)
+MEANFLOW_RECIPE = Recipe(
+    "meanflow",
+    "flow_map",
+    Mixture(
+        (
+            Part(Denoising(weight=weights.VelocityError(), balance=Adaptive())),
+            Part(Tangent(Data(), Pair(), balance=Adaptive())),
+        )
+    ),
+    path=Linear(),
+    parameterization=Velocity(),
+    **BRIEF | {"network": replace(PLAIN, two_times=True), "averages": (Power(0.1), Power(0.05))},
+)
+REFLOW_RECIPE = Recipe(
+    "reflow",
+    "denoiser",
+    Denoising(weight=weights.VelocityError()),
+    path=Linear(),
+    parameterization=Velocity(),
+    **BRIEF | {"flip": False},
+)
+SOLVING_RECIPE = replace(REFLOW_RECIPE, objective=replace(REFLOW_RECIPE.objective, pairs=Teacher(substeps=2)))
+QUICK_RECIPE = Recipe("edm", "denoiser", Denoising(), parameterization=EDM(), **BRIEF)
+AUGMENTED_RECIPE = Recipe(
+    "edm", "denoiser", Denoising(), **BRIEF | {"network": replace(PLAIN, augment_dim=9), "augment": Augment()}
+)
+
+
+class Pairs(Pictures):
+    """Images of pairs are floats in [-1, 1], and each has its noise."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.eps = torch.randn(self.images.shape, generator=torch.Generator().manual_seed(5))
+
+    def batch(self, indices):
+        images, labels = super().batch(indices)
+        return images.float() / 127.5 - 1, labels, self.eps[indices]
+
+
+def teacher(network=NETWORK):
+    return models.model("denoiser", network)
 
 
 def trainer(recipe, *, data=None, **options) -> Trainer:
     options = {"seed": 3} | options
+    network = recipe.network
     if recipe.objective.needs_teacher:
-        options = {"teacher": teacher()} | options
-    return Trainer(recipe, data or Pictures(23, classes=3), ModelCard(recipe.role, 8, num_classes=3), **options)
+        options = {"teacher": teacher(PLAIN if network.kind == "mlp" else NETWORK)} | options
+    if recipe.objective.needs_first:
+        options = {"init": models.model("consistency", network, seed=2)} | options
+    data = data or (Pairs if recipe is REFLOW_RECIPE else Pictures)(23, network.resolution, classes=3)
+    return Trainer(recipe, data, ModelCard(recipe.role, network.resolution, num_classes=3), **options)
 
 
 def run(to: Trainer, steps: int | None = None) -> list:
@@ -112,8 +187,19 @@ def test_every_epoch_is_a_new_permutation():
 # A continued run.
 
 
-@pytest.mark.parametrize("recipe", [EDM_RECIPE, CT_RECIPE, CD_RECIPE], ids=lambda recipe: recipe.preset)
-@pytest.mark.parametrize("stop", [1, 4])
+RUNS = {
+    **{recipe.preset: (recipe, (1, 4)) for recipe in (EDM_RECIPE, CT_RECIPE, CD_RECIPE)},
+    "pd": (PD_RECIPE, (1, 2, 3, 6)),  # its stages end after 2 and 6 steps
+    **{recipe.preset: (recipe, (1, 4)) for recipe in (SCD_RECIPE, TCM_RECIPE, MEANFLOW_RECIPE, REFLOW_RECIPE)},
+    "solved pairs": (SOLVING_RECIPE, (4,)),
+    "augmented": (AUGMENTED_RECIPE, (4,)),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stop"),
+    [pytest.param(recipe, stop, id=f"{name}-{stop}") for name, (recipe, stops) in RUNS.items() for stop in stops],
+)
 def test_a_continued_run_is_the_run(recipe, stop):
     straight = trainer(recipe)
     expected = run(straight)
@@ -130,7 +216,7 @@ def test_a_continued_run_is_the_run(recipe, stop):
     torch.rand(7)
     found = run(second)
 
-    assert [report.step for report in found] == list(range(stop + 1, 7))
+    assert [report.step for report in found] == list(range(stop + 1, recipe.iterations + 1))
     for one, other in zip(expected[stop:], found, strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -288,41 +374,87 @@ def test_a_run_can_start_from_other_weights():
 # Refusals.
 
 
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-@pytest.mark.parametrize(("iterations", "noticed"), [(100, 20), (4, 4)])
-def test_divergence_is_caught_and_nothing_of_it_can_be_saved(poison, iterations, noticed):
-    made = trainer(replace(EDM_RECIPE, iterations=iterations))
+class Poisoned(Objective):
+    """An objective that is not finite from one step on, in one of its terms or in its gradient alone."""
 
-    class Poisoned(torch.nn.Module):
-        def __init__(self, objective):
-            super().__init__()
-            self.objective = objective
+    def __init__(self, made, step, poison):
+        super().__init__()
+        self.objective, self.made, self.step, self.poison = made.objective, made, step, poison
+        self.stage, self.promote = made.objective.stage, made.objective.promote
 
-        def forward(self, *args):
-            loss = self.objective(*args)
-            bad = made.step == 3
-            if poison == "loss":
-                return loss._replace(value=loss.value * float("nan") if bad else loss.value)
-            value = loss.value
-            if bad:
-                value.register_hook(lambda grad: grad * float("inf"))
+    def forward(self, *args):
+        loss = self.objective(*args)
+        if self.made.step + 1 < self.step:  # the step in work is not counted yet
             return loss
+        if self.poison == "gradient":
+            loss.value.register_hook(lambda grad: grad * float("inf"))
+            return loss
+        terms = {name: term * float("nan" if name == self.poison else 1) for name, term in loss.terms.items()}
+        return Loss(loss.value * float("nan"), loss.per_sample, loss.t, terms)
 
-    made.objective = Poisoned(made.objective)
-    run(made, 3)
-    made.state_dict()  # so far all is well
-    with pytest.raises(DivergenceError, match=f"step {noticed}"):
+
+POISONS = [
+    (QUICK_RECIPE, "denoising loss"),
+    (QUICK_RECIPE, "gradient"),
+    (TCM_RECIPE, "consistency loss of part 1"),
+    (MEANFLOW_RECIPE, "tangent loss of part 1"),
+    (PD_RECIPE, "gradient"),
+]
+LOOKS = [(100, 4, 20), (100, 20, 20), (100, 21, 40), (4, 3, 4), (4, 4, 4)]
+
+
+@pytest.mark.parametrize(("recipe", "poison"), POISONS, ids=lambda value: getattr(value, "preset", value))
+@pytest.mark.parametrize(("iterations", "bad", "noticed"), LOOKS)
+def test_divergence_is_caught_and_nothing_of_it_can_be_saved(recipe, poison, iterations, bad, noticed):
+    """The step and the term that were the first to go wrong are named, though they are looked at later."""
+    made = trainer(replace(recipe, iterations=iterations))
+    made.objective = Poisoned(made, bad, poison)
+    run(made, bad - 1)
+    state = made.state_dict()  # so far all is well
+    assert all(value.isfinite().all() for _, value in tensors(state) if isinstance(value, torch.Tensor))
+    with pytest.raises(DivergenceError, match=f"at step {bad} the {poison} was no longer finite"):
         run(made)
     assert made.step == noticed
     for leave in (made.state_dict, lambda: made.average):
-        with pytest.raises(DivergenceError):
+        with pytest.raises(DivergenceError, match=f"at step {bad} the {poison}"):
             leave()
+
+
+def test_a_divergence_that_was_not_looked_for_yet_is_found_before_anything_is_saved():
+    made = trainer(replace(QUICK_RECIPE, iterations=100))
+    made.objective = Poisoned(made, 3, "denoising loss")
+    run(made, 5)  # no look before step 20
+    for leave in (made.state_dict, lambda: made.average):
+        with pytest.raises(DivergenceError, match="at step 3 the denoising loss"):
+            leave()
+
+
+def test_a_recipe_made_to_blow_up_stops():
+    """Nothing is poisoned here: the step is too large, and the loss of the next is not finite."""
+    made = trainer(replace(QUICK_RECIPE, iterations=40, optimizer=Optimizer(rule="adam", lr=1e30)))
+    with pytest.raises(DivergenceError, match="at step 2 the denoising loss"):
+        run(made)
+    assert made.step == 20
+
+
+def test_the_health_of_a_run_is_the_first_bad_number():
+    health = Health(torch.device("cpu"))
+    assert health.first() is None
+    values = [(1.0, 1.0), (2.0, float("inf")), (float("nan"), 1.0), (1.0, 1.0)]
+    for step, (one, other) in enumerate(values, 1):
+        health.note(step, {"one": torch.tensor(one), "other": torch.tensor(other)})
+    assert health.first() == (2, "other")
+    health = Health(torch.device("cpu"))
+    health.note(7, {"loss": torch.tensor(float("nan")), "gradient": torch.tensor(float("nan"))})
+    assert health.first() == (7, "loss")  # a gradient follows its loss
 
 
 def test_a_good_state_mends_a_diverged_run():
     made = trainer(replace(EDM_RECIPE, iterations=3))
     good = trainer(replace(EDM_RECIPE, iterations=3)).state_dict()
-    made._finite.fill_(False)
+    made._health.note(1, {"loss": torch.tensor(float("nan"))})
+    with pytest.raises(DivergenceError):
+        made.state_dict()
     made.load_state_dict(good)
     assert len(run(made)) == 3
 
@@ -330,8 +462,141 @@ def test_a_good_state_mends_a_diverged_run():
 def test_the_last_step_is_checked_too():
     made = trainer(EDM_RECIPE)
     made.model.network.map_layer0.weight.data.fill_(float("nan"))
-    with pytest.raises(DivergenceError, match="step 6"):
+    with pytest.raises(DivergenceError, match="at step 1 the denoising loss"):
         run(made)
+    assert made.step == 6
+
+
+# Students that become teachers.
+
+
+def weights_of(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_progressive_distillation_starts_anew_with_every_stage():
+    """The student becomes the teacher, and optimizer, averages and learning rate begin again; the weights go on."""
+    guide = teacher(PLAIN)
+    made = trainer(PD_RECIPE, teacher=guide)
+    shares = [0, 1 / 2, 0, 1 / 4, 1 / 2, 3 / 4, 0, 1 / 4, 1 / 2, 3 / 4]  # of three stages
+    followed = teaching = ended = began = weights_of(guide.network)
+    assert same(weights_of(made.model), began)
+    for report, share in zip(made.run(), shares, strict=True):
+        trajectory = made.objective.trajectory
+        if share == 0:
+            assert same(trajectory.teacher.network.parameters(), ended)
+            steps = {int(state["step"]) for state in made.optimizer.state.values()}
+            assert steps == {1}
+            # an average that kept nothing: one blend since the stage began
+            for rule, average in made.averages.values():
+                decay = rule.decay(report.images, PD_RECIPE.batch)
+                for mine, old, new in zip(average.parameters(), began, made.model.parameters(), strict=True):
+                    torch.testing.assert_close(mine, torch.lerp(new.detach(), old, decay), rtol=1e-5, atol=1e-7)
+        else:
+            assert same(trajectory.teacher.network.parameters(), teaching)
+        assert report.lr == pytest.approx(PD_RECIPE.optimizer.rate(share, report.images))
+        teaching, ended = weights_of(trajectory.teacher.network), weights_of(made.model)
+        began = ended
+    assert same(guide.network.parameters(), followed)  # the teacher that was given is nobody's to change
+    assert not same(ended, followed)
+
+
+def test_a_teacher_that_stays_is_one_stage():
+    recipe = replace(PD_RECIPE, objective=replace(PD_RECIPE.objective, trajectory=Teacher()))
+    made = trainer(recipe)
+    reports = run(made)
+    assert [report.lr for report in reports] == [recipe.optimizer.rate(i / 10, 5 * (i + 1)) for i in range(10)]
+    assert {int(state["step"]) for state in made.optimizer.state.values()} == {10}
+
+
+def test_a_learned_balance_is_trained_and_saved():
+    made = trainer(SCD_RECIPE)
+    balance = made.objective.balance.out
+    assert not balance.weight.any()
+    run(made, 3)
+    assert bool(balance.weight.any())
+    assert bool(balance.bias != 0)
+    saved = made.state_dict()["objective"]
+    assert torch.equal(saved["balance.out.bias"], balance.bias)
+    # it is no part of the model
+    assert not any("balance" in name for name in made.average.state_dict())
+
+
+def test_a_second_stage_starts_from_its_first_and_leaves_it_alone():
+    first = models.model("consistency", PLAIN, seed=2)
+    made = trainer(TCM_RECIPE, init=first)
+    before = weights_of(first.network)
+    assert same(made.model.network.parameters(), before)
+    run(made, 4)
+    assert same(first.network.parameters(), before)
+    assert not same(made.model.network.parameters(), before)
+    assert not first.training
+    with pytest.raises(ConfigError, match="--init"):
+        trainer(TCM_RECIPE, init=None)
+
+
+def test_a_network_of_two_times_starts_as_one_of_one():
+    """A flow map distilled from a teacher: at every gap it is the teacher at first, and every weight can move."""
+    recipe = replace(MEANFLOW_RECIPE, init_from_teacher=True, flip=False)
+    guide = teacher(PLAIN)
+    made = trainer(recipe, teacher=guide)
+    x, t = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(1)), torch.full((4,), 0.7)
+    made.model.eval()
+    with torch.no_grad():
+        raw = guide.network(x, t, torch.arange(4) % 3)
+        for s in (t, t / 2, torch.zeros(4)):
+            torch.testing.assert_close(made.model.raw(x, t, s, torch.arange(4) % 3), raw)
+    run(made, 2)
+    assert all(bool(parameter.any()) for name, parameter in made.model.named_parameters() if "map_gap" in name)
+
+
+# Pairs, floats, augmentation.
+
+
+def test_pairs_bring_their_noise():
+    data = Pairs(23, 4, classes=3)
+    made = trainer(REFLOW_RECIPE, data=data)
+    batch = made._batch(torch.Generator().manual_seed(0))
+    index = Order(23, 3).indices(0, 5)
+    assert torch.equal(batch.eps, data.eps[index])
+    torch.testing.assert_close(batch.x0, data.images[index].float() / 127.5 - 1)  # floats are taken as they are
+    assert torch.equal(batch.labels, data.labels[index])
+    # the loss of the step is that of these pairs
+    quiet = replace(REFLOW_RECIPE, network=replace(PLAIN, dropout=0.0))
+    made = trainer(quiet, data=data)
+    model = trainer(quiet, data=data).model
+    (report,) = run(made, 1)
+    t = report.t[:, None, None, None]
+    with torch.no_grad():
+        raw = model.raw((1 - t) * batch.x0 + t * batch.eps, report.t, labels=batch.labels)
+    torch.testing.assert_close(report.per_sample, (raw - (batch.eps - batch.x0)).square().mean((1, 2, 3)))
+
+
+MOVED = {"flip": {"flip": True}, "augment": {"augment": Augment(), "network": replace(PLAIN, augment_dim=9)}}
+
+
+@pytest.mark.parametrize("change", MOVED.values(), ids=MOVED)
+def test_pairs_are_not_to_be_moved(change):
+    """A mirrored image has another noise: refused in the first step, before anything is learned."""
+    made = trainer(replace(REFLOW_RECIPE, **change), data=Pairs(23, 4, classes=3))
+    before = weights_of(made.model)
+    with pytest.raises(ConfigError, match="pairs"):
+        run(made)
+    assert (made.step, same(made.model.parameters(), before)) == (0, True)
+
+
+def test_augmented_images_come_with_their_labels():
+    made = trainer(AUGMENTED_RECIPE)
+    batch = made._batch(torch.Generator().manual_seed(0))
+    assert batch.augment.shape == (5, 9)
+    plain = trainer(replace(AUGMENTED_RECIPE, augment=None))._batch(torch.Generator().manual_seed(0))
+    assert plain.augment is None
+    with pytest.raises(ConfigError, match="augment_dim=9"):
+        trainer(replace(AUGMENTED_RECIPE, network=PLAIN))
 
 
 def test_too_little_data_is_refused():
@@ -344,11 +609,13 @@ def test_a_missing_teacher_is_refused():
         trainer(CD_RECIPE, teacher=None)
 
 
-def test_a_teacher_on_another_path_is_refused():
-    """Its estimates would be read at the wrong noise level, without a word."""
-    made = trainer(replace(CD_RECIPE, path=VE(t_max=40.0)))
+def test_a_teacher_on_another_path_is_followed():
+    """It is read on the student's path; but a student of another path cannot take its place."""
+    made = trainer(replace(SCD_RECIPE, path=Linear().like(VE())))
+    assert made.objective.trajectory.teacher.path == VE()
+    run(made, 2)
     with pytest.raises(ConfigError, match="path"):
-        run(made, 1)
+        run(trainer(replace(PD_RECIPE, path=VE(t_max=40.0))), 1)
 
 
 # Training does what it is for.

@@ -39,6 +39,7 @@ PRESETS: dict[str, Callable[[Shape], Recipe]] = {
     "meanflow": flows.meanflow,
     "shortcut": flows.shortcut,
     "edm-cifar10": published.edm_cifar10,
+    "edm-cifar10-vp": published.edm_cifar10_vp,
     "edm-imagenet64": published.edm_imagenet64,
     "edm-lsun256": published.edm_lsun256,
     "cd-cifar10": published.cd_cifar10,
@@ -47,6 +48,17 @@ PRESETS: dict[str, Callable[[Shape], Recipe]] = {
     "ct-cifar10": published.ct_cifar10,
     "ct-imagenet64": published.ct_imagenet64,
     "ct-lsun256": published.ct_lsun256,
+    "ict-cifar10": published.ict_cifar10,
+    "ict-imagenet64": published.ict_imagenet64,
+    "ect-cifar10": published.ect_cifar10,
+    "ect-cifar10-fast": published.ect_cifar10_fast,
+    "tcm-cifar10": published.tcm_cifar10,
+    "pd-cifar10": published.pd_cifar10,
+    "scd-cifar10": published.scd_cifar10,
+    "sct-cifar10": published.sct_cifar10,
+    "cd-continuous-cifar10": published.cd_continuous_cifar10,
+    "ct-continuous-cifar10": published.ct_continuous_cifar10,
+    "meanflow-cifar10": published.meanflow_cifar10,
 }
 
 

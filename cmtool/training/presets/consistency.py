@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cmtool.training.presets.shape import Shape, brief
+from cmtool.training.presets.shape import Shape, brief, time_of
 
 if TYPE_CHECKING:
     from cmtool.training.recipe import Recipe
@@ -29,7 +29,7 @@ def cd(shape: Shape) -> Recipe:
         "consistency",
         p.Consistency(
             p.Teacher(grid=p.KarrasGrid(rho)),
-            p.Adjacent(p.KarrasGrid(rho), p.Constant(10)),
+            p.Adjacent(p.KarrasGrid(rho), p.Constant(18)),
             p.L2(),
             p.KarrasWeight(),
             p.Online(),
@@ -61,7 +61,7 @@ def ct(shape: Shape) -> Recipe:
         ),
         shape.small(),
         path=shape.path or p.VE(),
-        parameterization=shape.told(p.BoundaryEDM()),
+        parameterization=shape.form(p.BoundaryEDM()),
         **brief(),
     )
 
@@ -87,7 +87,7 @@ def ict(shape: Shape) -> Recipe:
         ),
         shape.small(),
         path=shape.path or p.VE(),
-        parameterization=shape.told(p.BoundaryEDM()),
+        parameterization=shape.form(p.BoundaryEDM()),
         **brief(),
     )
 
@@ -110,8 +110,8 @@ def ect(shape: Shape) -> Recipe:
         ),
         shape.small(),
         path=shape.path or p.VE(),
-        parameterization=shape.told(p.EDM()),
-        **brief(two_step=0.821),
+        parameterization=shape.form(p.EDM()),
+        **brief(two_step=time_of(shape.path or p.VE(), 0.821)),
     )
 
 
@@ -140,7 +140,7 @@ def tcm(shape: Shape) -> Recipe:
         shape.small(),
         path=shape.path or p.VE(),
         parameterization=shape.parameterization or p.EDM(),
-        **brief(two_step=1.0),
+        **brief(two_step=time_of(shape.path or p.VE(), 1.0)),
     )
 
 
@@ -157,8 +157,8 @@ def direct(shape: Shape) -> Recipe:
         "direct",
         "consistency",
         p.Consistency(
-            p.Teacher(p.Heun(), 5, p.KarrasGrid(rho)),
-            p.Landing(p.OnGrid(p.KarrasGrid(rho), p.Constant(10))),
+            p.Teacher(p.Heun(), 9, p.KarrasGrid(rho)),
+            p.Landing(p.OnGrid(p.KarrasGrid(rho), p.Constant(18))),
             p.L2(),
             p.KarrasWeight(),
             p.Online(),
@@ -177,7 +177,7 @@ def pd(shape: Shape) -> Recipe:
     Salimans and Ho (2022), arXiv:2202.00512, in the form of Song et al. (2023): DDIM on the Karras grid, clean images
     compared under max(snr, 1). Their stages are 50,000 iterations from 4,096 steps down, the last two twice as long.
     Scaled for minutes on a CPU: 8, 4, 2 and 1 steps. The result is a model of one step; `--set
-    objective.times.curriculum.start=` sets the first stage.
+    objective.times.curriculum.end=2` stops at two.
     """
     from cmtool.training import parts as p
 
@@ -209,4 +209,4 @@ def student(shape: Shape) -> tuple[Any, Any, float]:
     from cmtool.training import parts as p
 
     path = shape.path or p.VE()
-    return path, shape.parameterization if shape.speaks_velocity else shape.told(p.BoundaryEDM()), path.rho
+    return path, shape.form(p.BoundaryEDM()), path.rho

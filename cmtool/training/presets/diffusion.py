@@ -34,7 +34,7 @@ def edm(shape: Shape) -> Recipe:
         p.Denoising(p.LogNormal(-0.6, 1.3), p.L2(), p.KarrasWeight()),
         shape.small(),
         path=shape.path or p.VE(),
-        parameterization=shape.told(p.EDM()),
+        parameterization=shape.form(p.EDM()),
         **brief(optimizer=_adam(), iterations=900),
     )
 

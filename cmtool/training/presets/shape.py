@@ -40,12 +40,28 @@ class Shape:
             )
         return default
 
+    def form(self, default: Any) -> Any:
+        """The parameterization on the path of the model to start from: a velocity stays one, else see `told`."""
+        return self.parameterization if self.speaks_velocity else self.told(default)
+
     @property
     def speaks_velocity(self) -> bool:
         """Whether the model to start from predicts a velocity of its own path."""
         from cmtool.training import parts as p
 
         return isinstance(self.parameterization, p.Velocity)
+
+
+def time_of(path: Any, sigma: float) -> float:
+    """The path's own time of a noise-to-signal ratio, which is sigma on the variance-exploding one."""
+    import torch
+
+    return float(path.time(torch.tensor(sigma, dtype=torch.float64)))
+
+
+def slower(lr: float) -> Any:
+    """The optimizer of `brief` at another learning rate: derivatives of a network diverge at its own."""
+    return replace(brief()["optimizer"], lr=lr)
 
 
 def brief(**changes: Any) -> dict[str, Any]:
