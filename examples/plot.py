@@ -52,14 +52,6 @@ class Series:
     marker: str | None = None
 
 
-@dataclass(frozen=True)
-class Guide:
-    """A dashed horizontal line with words on it."""
-
-    y: float
-    label: str
-
-
 Box = tuple[float, float, float, float]
 
 
@@ -180,7 +172,6 @@ def plot(
     y: Axis,
     *,
     title: str = "",
-    guides: Sequence[Guide] = (),
     size: tuple[int, int] = (900, 600),
 ) -> Image.Image:
     """The picture.
@@ -190,7 +181,7 @@ def plot(
     """
     every = [point for one in series for point in (*one.points, *one.cloud)]
     across = Scale(x, [point[0] for point in every])
-    up = Scale(y, [*(point[1] for point in every), *(guide.y for guide in guides)])
+    up = Scale(y, [point[1] for point in every])
     series = [one for one in _styled(series) if one.points or one.cloud]
     sheet = Sheet(size)
 
@@ -209,8 +200,6 @@ def plot(
         )
 
     _axes(sheet, frame, across, up, x, y)
-    for guide in guides:
-        _guide(sheet, frame, guide.label, frame[3] - up(guide.y) * (frame[3] - frame[1]))
     taken: list[Box] = []  # what labels are to keep clear of
     for one in series:
         for a, b in pairwise(map(place, one.points if one.line else ())):
@@ -285,12 +274,6 @@ def _axes(sheet: Sheet, frame: Box, across: Scale, up: Scale, x: Axis, y: Axis) 
     middle = ((left + right) / 2, (top + bottom) / 2)
     sheet.text((middle[0], sheet.size[1] - 18), x.label + (" (log)" if x.log else ""), 15)
     sheet.upright((16, middle[1]), y.label + (" (log)" if y.log else ""), 15)
-
-
-def _guide(sheet: Sheet, frame: Box, label: str, at: float) -> None:
-    for start in range(round(frame[0]), round(frame[2]), 12):
-        sheet.line((start, at), (min(start + 6, frame[2]), at), "#888888")
-    sheet.text((frame[2] - 4, at - 3), label, 12, "#666666", "rd")
 
 
 def _along(a: tuple[float, float], b: tuple[float, float]) -> list[Box]:

@@ -81,6 +81,7 @@ def run(request: Request) -> None:
         _check_data(data, teacher)
     recipe = _recipe(request, earlier, _shape(data, init or teacher, request.distils))
     _check_network(recipe, init or teacher)
+    _check_images(recipe, data)
     _check_guidance(recipe, teacher)
     _check_pairs(recipe, data)
     _check_labels(data, recipe)
@@ -179,9 +180,12 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
         path, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set {text}: expected NAME=VALUE", f"see cmtool presets show {name}")
+        path = path.strip()
+        if path == "preset":
+            raise UsageError(f"--set {text}: a preset is no setting", f"use --preset {value}")
         if path.startswith("network.") and not judge_network:
             continue
-        recipe = spec.replace(recipe, path.strip(), value.strip(), KINDS)
+        recipe = spec.replace(recipe, path, value.strip(), KINDS)
     return _with_flags(_told_augmentation(recipe), request)
 
 
@@ -329,6 +333,16 @@ def _check_network(recipe: Recipe, start: FlowMap | None) -> None:
         raise UsageError(
             f"the preset {recipe.preset} starts as a copy of its teacher, and the recipe has another network",
             "leave out --set network..., or add --set init_from_teacher=false to start from nothing",
+        )
+
+
+def _check_images(recipe: Recipe, data: Dataset) -> None:
+    side, channels, network = data.report.resolution, data.report.channels, recipe.network
+    if (network.resolution, network.in_channels, network.out_channels) != (side, channels, channels):
+        raise UsageError(
+            f"the network takes {network.resolution}x{network.resolution} images with {network.in_channels} channels "
+            f"and makes {network.out_channels}, the data has {side}x{side} with {channels}",
+            f"leave out --set network..., or add --resolution {network.resolution} --channels {network.in_channels}",
         )
 
 

@@ -203,6 +203,9 @@ def test_an_existing_folder_is_refused(train, tmp_path):
     assert train("run", "--overwrite", iterations=2).code == 0
     assert [line["step"] for line in metrics(tmp_path / "run")][-1] == 2
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints"))[-1] == "step_0000002.pt"
+    (tmp_path / "file").touch()
+    train("file/run").error(2, "--out", "is a file")
+    train("file/run", "--dry-run").error(2, "--out", "is a file")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     train("mine", "--overwrite").error(2, "no run")
@@ -321,8 +324,9 @@ def strict(text: str) -> dict:
     [("edm", "denoising loss"), ("ct", "consistency loss"), ("meanflow", r"(denoising|tangent) loss of part \d")],
 )
 def test_a_diverging_run_names_step_term_and_checkpoint_and_overwrites_nothing(train, tmp_path, kept, preset, term):
-    # The rate rises from little to far too much.
-    rising = ("--lr", "1e30", "--set", "optimizer.warmup=1000000000", "--set", "optimizer.final=1")
+    # A decay of 101 at a rate of 1 multiplies every weight by -100, step by step.
+    grows = ["rule=adamw", "weight_decay=101", "warmup=0", "final=1"]
+    rising = ("--lr", "1", *(word for setting in grows for word in ("--set", f"optimizer.{setting}")))
     often = ("--save-every", 2, "--log-every", 1, "--sample-every", 0)
     result = train("run", "-q", *rising, *often, preset=preset, iterations=60)
     text = result.error(1, "--lr", "--overwrite", "--precision fp32")
@@ -378,17 +382,17 @@ def models(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "stops"),
     [
-        # The stages of 8, 4, 2 and 1 steps begin after steps 2, 4 and 8 of 12: before, at and after each.
-        (["distill", "--preset", "pd", "--teacher", "edm", "--guidance", "2"], [1, 2, 3, 4, 5, 8, 9]),
-        (["distill", "--preset", "meanflow", "--teacher", "edm"], [5]),
-        (["distill", "--preset", "cd", "--teacher", "edm", "--set", "objective.target=moving_average"], [5]),
-        (["train", "--preset", "tcm", "--init", "first"], [5]),
-        (["train", "--preset", "meanflow", "--network", "tiny"], [5]),
-        (["train", "--preset", "shortcut", "--network", "tiny"], [5]),
-        (["train", "--preset", "sct", "--network", "tiny"], [5]),  # with a learned weight
-        (["train", "--preset", "ct", "--network", "tiny", "--set", "network.dropout=0.5"], [5]),
-        (["train", "--preset", "edm", "--network", "tiny", "--set", "augment=augment"], [5]),
-        (["train", "--preset", "edm", "--network", "tiny", "--set", "averages.1=power"], [5]),
+        # The stages of 8, 4, 2 and 1 steps begin after steps 1, 2 and 4.
+        (["distill", "--preset", "pd", "--teacher", "edm", "--guidance", "2"], [1, 2, 3, 4, 5]),
+        (["distill", "--preset", "meanflow", "--teacher", "edm"], [3]),
+        (["distill", "--preset", "cd", "--teacher", "edm", "--set", "objective.target=moving_average"], [3]),
+        (["train", "--preset", "tcm", "--init", "first"], [3]),
+        (["train", "--preset", "meanflow", "--network", "tiny"], [3]),
+        (["train", "--preset", "shortcut", "--network", "tiny"], [3]),
+        (["train", "--preset", "sct", "--network", "tiny"], [3]),  # with a learned weight
+        (["train", "--preset", "ct", "--network", "tiny", "--set", "network.dropout=0.5"], [3]),
+        (["train", "--preset", "edm", "--network", "tiny", "--set", "augment=augment"], [3]),
+        (["train", "--preset", "edm", "--network", "tiny", "--set", "averages.1=power"], [3]),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value[0], str) else "",
 )
@@ -397,7 +401,7 @@ def test_whatever_a_method_remembers_it_goes_on_with(cli, pictures, models, argv
     argv = [
         files.get(word, word) if before in ("--teacher", "--init") else word for before, word in pairwise(["", *argv])
     ]
-    shared = ("--data", pictures, "--batch", 8, "--iterations", 12, "--sample-every", 0, "--precision", "fp32")
+    shared = ("--data", pictures, "--batch", 8, "--iterations", 6, "--sample-every", 0, "--precision", "fp32")
     rates = ("--set", "optimizer.warmup=0")  # large steps, so that a difference shows
     assert cli(*argv, *shared, *rates, "--log-every", 1, "--out", models / "whole").code == 0
     resume: tuple = ()
@@ -457,6 +461,10 @@ def test_several_averages_are_kept(train, cli, tmp_path):
             1,
             ["8x8", "4x4", "--resolution 8"],
         ),
+        (["train", "--preset", "edm", "--set", "preset=ct"], 2, ["--set preset=ct", "--preset ct"]),
+        (["train", "--preset", "edm", "--set", "network=mlp"], 2, ["takes 1x1 images with 2", "8x8 with 3"]),
+        (["train", "--preset", "edm", "--set", "network.out_channels=1"], 2, ["and makes 1", "--set network"]),
+        (["train", "--preset", "ct", "--init", "TEACHER", "--resolution", "4"], 2, ["8x8", "4x4", "--resolution 8"]),
         (["train", "--preset", "edm", "--batch", "25"], 1, ["24 images", "--batch"]),
         (["train", "--preset", "edm", "--lr", "0"], 2, ["--lr"]),
         (["train", "--preset", "edm", "--lr", "nan"], 2, ["--lr"]),

@@ -78,13 +78,11 @@ def without_lpips(objective):
     return objective
 
 
-@names
-@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-def test_gradients_are_finite_and_reach_every_weight(name, progress):
-    recipe = made(name, Shape(64, 3, 3))
+def check_gradients(recipe, progress, path=None, parameterization=None):
+    """Of a small network in place of the recipe's; along a teacher of this kind."""
     augment_dim = getattr(recipe.network, "augment_dim", 0)
     config = micro(num_classes=3, two_times=recipe.network.two_times, augment_dim=augment_dim)
-    teacher = models.model("denoiser", micro(num_classes=3), seed=1)
+    teacher = models.model("denoiser", micro(num_classes=3), path, parameterization, seed=1)
     first = models.model("consistency", micro(num_classes=3), recipe.path, recipe.parameterization, seed=2)
     objective = without_lpips(recipe.objective).build(
         teacher if recipe.objective.needs_teacher else None, first=first if recipe.objective.needs_first else None
@@ -102,6 +100,19 @@ def test_gradients_are_finite_and_reach_every_weight(name, progress):
             assert parameter.grad is not None, key
             assert bool(parameter.grad.isfinite().all()), key
             assert bool((parameter.grad != 0).any()), key
+
+
+@names
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+def test_gradients_are_finite_and_reach_every_weight(name, progress):
+    check_gradients(made(name, Shape(64, 3, 3)), progress)
+
+
+@pytest.mark.parametrize("kind", ["velocity", "trigflow"])
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if name.split("-")[-1] not in DATA])
+def test_gradients_are_finite_also_along_teachers_of_other_kinds(name, kind):
+    if not refused(name, SHAPES[kind]):
+        check_gradients(made(name, SHAPES[kind]), 0.7, *TEACHERS[kind])
 
 
 @names
@@ -156,9 +167,9 @@ def test_every_constant_is_shown_and_can_be_set(name, shape):
         assert "no kind" not in said
 
 
-@asked
-def test_a_changed_constant_is_another_recipe_and_survives_its_file(name, shape):
-    recipe = made(name, shape)
+@names
+def test_a_changed_constant_is_another_recipe_and_survives_its_file(name):
+    recipe = made(name, SHAPES["pairs"])
     assert spec.from_dict(spec.to_dict(recipe), Recipe, KINDS) == recipe
     for path, value in constants(recipe):
         if isinstance(value, float) and 0 < value < 1 and not path.endswith(("share", "mu", "mu0", "beta", "t_max")):

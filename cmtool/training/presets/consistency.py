@@ -13,13 +13,16 @@ if TYPE_CHECKING:
 def cd(shape: Shape) -> Recipe:
     """Consistency distillation from a diffusion teacher, with a Heun step between neighbours.
 
-    Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target. Scaled for minutes on a CPU: N = 10
-    (no better and no worse than 18 in a short run) and squared l2 with the weight snr + 1 / sigma_data^2, under which
-    an error of the network's raw output counts alike at all levels, as in its teacher. Chosen by a short search on
-    digits, in `examples/LOG.md`.
+    Song et al. (2023), arXiv:2303.01469, algorithm 2, with an online target and N = 18. Scaled for minutes on a CPU:
+    squared l2 with the weight snr + 1 / sigma_data^2, under which an error of the network's raw output counts alike at
+    all levels, as in its teacher. Chosen by a short search on digits, in `examples/LOG.md`.
 
-    Measured on digits:train from the `edm` teacher (2 CPU cores with AMX, 2026-11-21): 267 s; 97.1 % of 1,000 one-step
-    samples (one run) show the class asked for, muddiness 1.36 times that of real digits.
+    Measured on digits:train from the `edm` teacher with N = 10 (2 CPU cores with AMX, 2026-11-21): 267 s; 97.1 % of
+    1,000 one-step samples (one run) show the class asked for, muddiness 1.36 times that of real digits.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.024 and
+    0.022 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 97.1 % and 96.6 %,
+    variety 0.91 and 0.93 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -50,6 +53,10 @@ def ct(shape: Shape) -> Recipe:
 
     Measured on digits:train (one CPU core with AMX, 2026-11-21): 600 steps at 270 images/s; 95.7 % of 1,000 one-step
     samples (one run) show the class asked for, muddiness 1.43 times that of real digits.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.191 and
+    0.189 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 91.3 % and 90.4 %,
+    variety 0.36 and 0.42 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -72,6 +79,10 @@ def ict(shape: Shape) -> Recipe:
     Song and Dhariwal (2023), arXiv:2310.14189. Published: N from 11 to 1281 over 400,000 iterations of 1,024 images on
     CIFAR-10. Scaled for minutes on a CPU: N from 5 to 33; the rest is theirs, ln sigma ~ N(-1.1, 2^2) on the grid, c =
     0.00054 sqrt(d), weight 1 / (t - r).
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.045 and
+    0.038 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 78.7 % and 80.3 %,
+    variety 0.62 and 0.71 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -99,6 +110,10 @@ def ect(shape: Shape) -> Recipe:
     ln sigma ~ N(-1.1, 2^2), the plain norm, weight 1 / (t - r), and weights from a diffusion model (`--init`).
     Trained and sampled with the same f, which is x at t_min; the original samples with another one than it trains.
     Scaled for minutes on a CPU: four stages instead of eight, the norm with c = 0.00054 sqrt(d).
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.040 and
+    0.040 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 99.1 % and 99.6 %,
+    variety 0.69 and 0.80 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -121,6 +136,10 @@ def tcm(shape: Shape) -> Recipe:
     Lee et al. (2024), arXiv:2410.14895: below sigma = 1 the frozen first stage (`--init`) answers; a quarter of the
     batch stands at the boundary, with a tenth of the weight; ln sigma follows a Student t of 0.01 degrees of freedom,
     cut at the boundary. Scaled for minutes on a CPU: the mapping of `ect`'s last stage.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.035 and
+    0.037 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 99.4 % and 99.2 %,
+    variety 0.78 and 0.86 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -149,6 +168,10 @@ def direct(shape: Shape) -> Recipe:
 
     Vouitsis et al. (2024), arXiv:2411.08954. The sub-steps run from t to t_min, evenly in the grid's coordinate; they
     and the solver are `--set objective.trajectory.substeps=` and `objective.trajectory.solver=`.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.061 and
+    0.022 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 98.5 % and 97.3 %,
+    variety 0.87 and 0.93 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -178,6 +201,9 @@ def pd(shape: Shape) -> Recipe:
     compared under max(snr, 1). Their stages are 50,000 iterations from 4,096 steps down, the last two twice as long.
     Scaled for minutes on a CPU: 8, 4, 2 and 1 steps. The result is a model of one step; `--set
     objective.times.curriculum.end=2` stops at two.
+
+    Measured in one step (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.039 where two samples
+    of it are 0.024 apart.
     """
     from cmtool.training import parts as p
 

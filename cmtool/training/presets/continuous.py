@@ -19,6 +19,10 @@ def sct(shape: Shape) -> Recipe:
     weight 1 / (sigma_data tan t) and a learned one. Published: 400,000 iterations of 512 images on CIFAR-10, warm-up
     10,000, RAdam 1e-4. Scaled for minutes on a CPU: N(-0.8, 2^2), since of theirs only one draw in 16,000 is as noisy
     as where a sample starts. Derivatives are float32 whatever `--precision` is.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.045 and
+    0.029 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 10.4 % and 9.0 %,
+    variety 0.14 and 0.69 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -35,6 +39,9 @@ def scd(shape: Shape) -> Recipe:
 
     Lu and Song (2024), arXiv:2410.11081: as `sct`, with the teacher's velocity for the tangent. The teacher's network
     is the student's start: Karras et al.'s parameterization is the same function on this path.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.052 and
+    0.019 where two samples of it are 0.024 apart.
     """
     from cmtool.training import parts as p
 
@@ -72,6 +79,10 @@ def cd_continuous(shape: Shape) -> Recipe:
     Song et al. (2023), arXiv:2303.01469, appendix B: theorem 5 (`--set objective.stop_gradient=false`: theorems 3 and
     4), with squared l2 (`objective.distance=l1`, `lpips`: their forms), t^(1/7) uniform. Published: stop-gradient is
     better, LPIPS best, and the discrete form better than this one.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.027 and
+    0.031 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 86.0 % and 81.0 %,
+    variety 0.87 and 0.97 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -99,6 +110,10 @@ def ct_continuous(shape: Shape) -> Recipe:
 
     Song et al. (2023), arXiv:2303.01469, theorem 6. Published: it must start from a diffusion model (`--init`), with a
     learning rate of 5e-6, and is then better than the discrete form.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.030 and
+    0.029 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 83.4 % and 75.6 %,
+    variety 0.88 and 1.01 of the real one.
     """
     from cmtool.training import parts as p
 

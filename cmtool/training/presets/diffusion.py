@@ -44,6 +44,9 @@ def flow(shape: Shape) -> Recipe:
 
     Lipman et al. (2022), arXiv:2210.02747; Liu et al. (2022), arXiv:2209.03003: |F - (eps - x0)|^2. Times are
     logit-normal, as Esser et al. (2024), arXiv:2403.03206, found best; scaled for minutes on a CPU like `edm`.
+
+    Measured with Heun's solver, 18 steps (`examples/family.py`, 2026-11-21, one run): mixture, distance 0.022 where
+    two samples of it are 0.024 apart; digits, 900 steps of 128, 98.6% class agreement.
     """
     from cmtool.training import parts as p
 

@@ -15,6 +15,10 @@ def flow_ct(shape: Shape) -> Recipe:
 
     The stepwise derivation from flow matching with the pairs of Song et al. (2023), arXiv:2303.01469, algorithm 3:
     |f(x_t) - f-(x_r)|^2 / t^2, neighbours on a grid that is even in t.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.122 and
+    0.118 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 59.5 % and 73.5 %,
+    variety 1.92 and 1.52 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -26,6 +30,10 @@ def flow_cd(shape: Shape) -> Recipe:
 
     Song et al. (2023), arXiv:2303.01469, algorithm 2, with x_r = x_t - (t - r) v(x_t, t) and the loss of `flow-ct`. A
     teacher of another path is read on this one.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.032 and
+    0.030 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 98.0 % and 99.1 %,
+    variety 0.90 and 0.92 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -50,6 +58,9 @@ def reflow(shape: Shape) -> Recipe:
     Liu et al. (2022), arXiv:2209.03003. The straighter paths take few steps: `sample --solver euler --steps 1`. Pairs
     come from `cmtool pairs` (then `--data pairs.npz`), else they are solved on the fly, which costs the teacher's
     steps in every iteration.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.031 and
+    0.027 where two samples of it are 0.024 apart.
     """
     from cmtool.training import parts as p
 
@@ -74,6 +85,10 @@ def meanflow(shape: Shape) -> Recipe:
     lie on the diagonal (flow matching), losses are balanced by 1 / (loss + c). With a teacher, its velocity takes the
     place of the data's. Scaled for minutes on a CPU: logit-normals of (0, 1.4), since theirs hardly ever see the pure
     noise that a sample starts from. Derivatives are float32 whatever `--precision` is.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.052 and
+    0.042 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 43.2 % and 38.4 %,
+    variety 2.08 and 2.10 of the real one.
     """
     from cmtool.training import parts as p
 
@@ -100,6 +115,10 @@ def shortcut(shape: Shape) -> Recipe:
     Frans et al. (2024), arXiv:2410.12557: jump lengths are powers of one half down to 1/128, an eighth to a quarter of
     the batch teaches jumps, the rest is flow matching; the half jumps are made by a target average. Scaled for minutes
     on a CPU: lengths down to 1/16, a target that follows within tens of steps.
+
+    Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.039 and
+    0.035 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 60.7 % and 56.2 %,
+    variety 1.75 and 1.76 of the real one.
     """
     from cmtool.training import parts as p
 
