@@ -17,8 +17,7 @@ cmtool sample --model "$model" --steps 1 --seeds 7 --labels 3 --out - |
     cmtool colorize --model "$model" --image - --labels 3 --seeds 1 --out - > "$out/recoloured.png"
 
 # A small picture, enlarged twofold.
-cmtool data preview digits:test -n 1 --resolution 8 --out "$out/small"
-small=$(ls "$out"/small/*.png | head -n 1)
+small=$(cmtool data preview digits:test -n 1 --resolution 8 --out "$out/small")
 cat "$small" | cmtool superres --model "$model" --image - --factor 2 --out - > "$out/large.png"
 
 # The same as JSON: one object on stdout, everything else on stderr.

@@ -167,7 +167,7 @@ class TestPreview:
         cli("data", "preview", square, "--out", out, "--scale", 2).error(2, "folder")
         cli("data", "preview", square, "--out", "-", "--json").error(2)
         cli("data", "preview", tmp_path / "none", "--out", out).error(1, "no such file")
-        cli("data", "preview", square, "--out", square / "0.png" / "a.png").error(1, "cannot write")
+        cli("data", "preview", square, "--out", square / "0.png" / "a.png").error(2, "not a folder")
         assert not out.exists()
 
 

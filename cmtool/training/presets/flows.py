@@ -140,7 +140,8 @@ def straight(shape: Shape) -> tuple[Any, Any]:
     """Path and parameterization of a model on the straight path.
 
     A network that starts as a copy of one of Karras et al.'s parameterization keeps it, between the same noise levels:
-    there it is the same function. Every other predicts the velocity.
+    there it is the same function if it is told the noise level, and a start only if it is told another path's time.
+    Every other predicts the velocity.
     """
     from cmtool.training import parts as p
 
