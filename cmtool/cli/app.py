@@ -96,11 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def run() -> None:
-    """The console script of installations from before `cmtool.__main__` had it."""
-    sys.exit(main())
-
-
 def _call(argv: list[str]) -> int:
     """Let typer parse and run `argv`; exits become return values."""
     stdout, stderr = sys.stdout, sys.stderr

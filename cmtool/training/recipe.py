@@ -41,8 +41,15 @@ class Optimizer:
     clip_norm: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"the learning rate must be positive, found {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas lie in [0, 1), found {self.betas}")
+        for name in ("eps", "weight_decay", "warmup", "final"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be negative, found {getattr(self, name)}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or none, found {self.clip_norm}")
 
     def rate(self, progress: float, images: int) -> float:
         """The learning rate at this point of the training."""

@@ -244,7 +244,8 @@ def test_the_commands_are_those_of_the_documentation():
     """README's table of methods names the same command for each preset."""
     text = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     text = text.split("## Methods")[1].split("## Measured")[0]
-    rows = [line.split("|")[1:3] for line in text.splitlines() if line.startswith("| `")]
+    table = text.split("| preset | command | method | source |\n")[1].split("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[1:]]
     told = {name.strip(" `"): command.replace("`", "").strip() for name, command in rows}
     assert told == {name: command for name, command in COMMANDS.items() if name not in PUBLISHED}
 

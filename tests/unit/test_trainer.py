@@ -630,3 +630,15 @@ def test_a_denoiser_learns():
     made = Trainer(recipe, data, ModelCard("denoiser", 8), seed=0)
     first = [float(report.loss) for report in run(made)]
     assert sum(first[-10:]) < 0.6 * sum(first[:10])
+
+
+WRONG = [
+    *({"lr": 0.0}, {"lr": float("inf")}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.9)}, {"eps": -1e-8}),
+    *({"weight_decay": -0.1}, {"warmup": -5}, {"final": -1.0}, {"clip_norm": 0.0}, {"clip_norm": -1.0}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_an_optimizer_refuses_what_is_no_setting(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong)).replace("lr", "learning rate")):
+        Optimizer(**wrong)
