@@ -41,7 +41,8 @@ def scd(shape: Shape) -> Recipe:
     is the student's start: Karras et al.'s parameterization is the same function on this path.
 
     Measured in one and two steps (`examples/family.py`, CPU, 2026-11-21, one run): mixture, distance 0.052 and
-    0.019 where two samples of it are 0.024 apart.
+    0.019 where two samples of it are 0.024 apart; digits, 300 steps of 128, class agreement 99.9 % and 99.0 %,
+    variety 0.36 and 0.64 of the real one.
     """
     from cmtool.training import parts as p
 
