@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -56,9 +55,7 @@ def pairs(
             "--steps", metavar="N", min=1, help="Steps of the solver [default: 18]; without one, jumps [default: 1]."
         ),
     ] = None,
-    guidance: Annotated[
-        float, typer.Option("--guidance", metavar="W", help="Scale of classifier-free guidance; 1 is none.")
-    ] = 1.0,
+    guidance: options.Guidance = 1.0,
     batch: options.Batch = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
@@ -74,8 +71,6 @@ def pairs(
         raise UsageError("--count and --seeds say the same thing twice", "give one of the two")
     wanted = options.parse_seeds(f"0-{count - 1}" if count is not None else seeds or SEEDS)
     _check_out(out)
-    if not math.isfinite(guidance):
-        raise UsageError(f"--guidance {guidance:g} is not a finite number", "for example --guidance 2")
     if solver == "ancestral":
         raise UsageError(
             "ancestral sampling adds noise on the way, and the image would not belong to its start alone",
