@@ -41,6 +41,8 @@ class ModelCard:
     teacher: str = ""
     data: str = ""
     licence: str = ""
+    source: str = ""  # where imported weights came from: the format and the file
+    notes: tuple[str, ...] = ()  # what an importer guessed, and what looks wrong
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -7,8 +7,10 @@ The coefficients are written for any path through its noise-to-signal ratio; on 
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -34,16 +36,26 @@ class TimeInput(Protocol):
 
 @dataclass(frozen=True)
 class LogRatio:
-    """scale * ln(sigma / alpha). EDM, its CIFAR-10 consistency models and ECT: 0.25; OpenAI's released models: 250."""
+    """scale * ln(sigma / alpha / unit). EDM, its CIFAR-10 consistency models and ECT: 0.25; OpenAI's releases: 250.
+
+    Networks of Song et al. (2021), arXiv:2011.13456, that were trained on images in [0, 1], whose noise levels are half
+    of ours, are told ln(sigma / 2): scale 1, unit 2.
+    """
 
     kind: ClassVar[str] = "log_ratio"
     scale: float = 0.25
+    unit: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.unit > 0:
+            raise ValueError(f"unit must be positive, found {self.unit}")
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         # The offset keeps t = 0 finite; it changes no float32 time above 1e-29, and is no denormal, which some devices
         # flush to zero. The ceiling does the same for pure noise, t = 1 of `Linear`, and is far above any ratio that
         # carries information.
-        return self.scale * torch.log(path.ratio(t).clamp_max(1e6) + 1e-37)
+        ratio = path.ratio(t).clamp_max(1e6)
+        return self.scale * torch.log((ratio if self.unit == 1 else ratio / self.unit) + 1e-37)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,61 @@ class PathTime:
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         return self.scale * t
+
+
+@dataclass(frozen=True)
+class VPTime:
+    """scale * the time of the variance-preserving SDE at this sigma / alpha, where beta(t) = beta_min + beta_d t.
+
+    Song et al. (2021), arXiv:2011.13456, in the form of Karras et al. (2022), table 1, column "VP":
+    t = (sqrt(beta_min^2 + 2 beta_d ln(1 + sigma^2)) - beta_min) / beta_d, scale = M - 1 = 999.
+    """
+
+    kind: ClassVar[str] = "vp_time"
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    scale: float = 999.0
+
+    def __call__(self, path: Path, t: Tensor) -> Tensor:
+        squared = self.beta_min**2 + 2 * self.beta_d * torch.log1p(path.ratio(t) ** 2)
+        return self.scale * (squared.sqrt() - self.beta_min) / self.beta_d
+
+
+@dataclass(frozen=True)
+class CosineStep:
+    """The step of the cosine schedule whose noise level is nearest: iDDPM, as Karras et al. (2022), table 1, read it.
+
+    u_{j-1} = sqrt((u_j^2 + 1) / max(abar_{j-1} / abar_j, c1) - 1), u_M = 0, abar_j = sin^2(pi j / (2 M (c2 + 1))); the
+    network is told M - 1 - j for the u_j nearest to sigma. Nichol and Dhariwal (2021), arXiv:2102.09672.
+    """
+
+    kind: ClassVar[str] = "cosine_step"
+    num_steps: int = 1000
+    c1: float = 0.001
+    c2: float = 0.008
+
+    def levels(self) -> Tensor:
+        """u_0 (the largest noise) to u_M = 0; float64 [M + 1]."""
+        return _cosine_levels(self)
+
+    def __call__(self, path: Path, t: Tensor) -> Tensor:
+        levels = self.levels().to(t.device)
+        nearest = (path.ratio(t).to(levels.dtype)[..., None] - levels).abs().argmin(-1)
+        return (self.num_steps - 1 - nearest).to(t.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _cosine_levels(told: CosineStep) -> Tensor:
+    m = told.num_steps
+    bar = torch.sin(torch.arange(m + 1, dtype=torch.float64) / (m * (told.c2 + 1)) * (math.pi / 2)) ** 2
+    levels = [0.0]
+    for j in range(m, 0, -1):
+        ratio = max(float(bar[j - 1] / bar[j]), told.c1)
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / ratio - 1))
+    return torch.tensor(levels[::-1], dtype=torch.float64)
+
+
+AnyTimeInput = LogRatio | PathTime | VPTime | CosineStep
 
 
 class Parameterization(Protocol):
@@ -78,7 +145,7 @@ class EDM:
 
     kind: ClassVar[str] = "edm"
     sigma_data: float = 0.5
-    time_input: LogRatio | PathTime = field(default_factory=LogRatio)
+    time_input: AnyTimeInput = field(default_factory=LogRatio)
 
     def denoised(self, path: Path, t: Tensor) -> Coefficients:
         alpha, sigma, data = path.alpha(t), path.sigma(t), self.sigma_data
@@ -155,7 +222,7 @@ class Velocity:
     """The network predicts dx_t / dt of the path. On `Linear`, D = x_t - t F and the jump is x_t - (t - s) F."""
 
     kind: ClassVar[str] = "velocity"
-    time_input: LogRatio | PathTime = field(default_factory=PathTime)
+    time_input: AnyTimeInput = field(default_factory=PathTime)
 
     def denoised(self, path: Path, t: Tensor) -> Coefficients:
         # Solve x_t = alpha x0 + sigma eps, F = alpha' x0 + sigma' eps for x0.
@@ -177,5 +244,91 @@ class Velocity:
         return self.time_input(path, t)
 
 
-PARAMETERIZATIONS: dict[str, type] = {p.kind: p for p in (EDM, BoundaryEDM, Piecewise, Velocity)}
-TIME_INPUTS: dict[str, type] = {"log_ratio": LogRatio, "path_time": PathTime}
+@dataclass(frozen=True)
+class Epsilon:
+    """The network predicts the noise: x_t = alpha x0 + sigma sign F. Ho et al. (2020), arXiv:2006.11239.
+
+    Args:
+        sign: -1 for networks that predict minus the noise, which is the score times sigma: NCSN++ of Song et al.
+            (2021), arXiv:2011.13456.
+        unit_input: the network sees x_t / sqrt(alpha^2 + sigma^2), as on a variance-preserving path; else x_t itself.
+    """
+
+    kind: ClassVar[str] = "epsilon"
+    sign: float = 1.0
+    unit_input: bool = True
+    time_input: AnyTimeInput = field(default_factory=PathTime)
+
+    def __post_init__(self) -> None:
+        if self.sign not in (1, -1):
+            raise ValueError(f"sign is 1 or -1, found {self.sign}")
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        alpha, sigma = path.alpha(t), path.sigma(t)
+        return Coefficients(1 / alpha, -self.sign * sigma / alpha, self._input(path, t))
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """alpha_s x0 + sigma_s eps for the predicted eps and the x0 it implies: `Path.transport` of the estimate."""
+        scale = torch.where(s == t, torch.ones_like(t), path.alpha(s) / path.alpha(t))
+        return Coefficients(scale, self.sign * (path.sigma(s) - scale * path.sigma(t)), self._input(path, t))
+
+    def noise(self, path: Path, t: Tensor) -> Tensor:
+        return self.time_input(path, t)
+
+    def _input(self, path: Path, t: Tensor) -> Tensor:
+        return 1 / _norm(path, t) if self.unit_input else torch.ones_like(t)
+
+
+@dataclass(frozen=True)
+class VPrediction:
+    """The network predicts v = a eps - b x0 with a = alpha / n, b = sigma / n, n = sqrt(alpha^2 + sigma^2).
+
+    Salimans and Ho (2022), arXiv:2202.00512, appendix D, on any path. Where alpha^2 + sigma^2 = 1, v is the velocity
+    along the great circle from data to noise.
+    """
+
+    kind: ClassVar[str] = "v_prediction"
+    time_input: AnyTimeInput = field(default_factory=PathTime)
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        norm = _norm(path, t)
+        return Coefficients(path.alpha(t) / norm**2, -path.sigma(t) / norm, 1 / norm)
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """alpha_s x0 + sigma_s eps for the x0 = a x_t / n - b v and eps = b x_t / n + a v that x_t and v imply."""
+        alpha, sigma, alpha_s, sigma_s = path.alpha(t), path.sigma(t), path.alpha(s), path.sigma(s)
+        variance = alpha * alpha + sigma * sigma
+        skip = (alpha_s * alpha + sigma_s * sigma) / variance  # exactly 1 at s = t
+        return Coefficients(skip, (sigma_s * alpha - alpha_s * sigma) / variance.sqrt(), 1 / _norm(path, t))
+
+    def noise(self, path: Path, t: Tensor) -> Tensor:
+        return self.time_input(path, t)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The network predicts x0 itself."""
+
+    kind: ClassVar[str] = "sample"
+    time_input: AnyTimeInput = field(default_factory=PathTime)
+
+    def denoised(self, path: Path, t: Tensor) -> Coefficients:
+        return Coefficients(torch.zeros_like(t), torch.ones_like(t), 1 / _norm(path, t))
+
+    def jump(self, path: Path, t: Tensor, s: Tensor) -> Coefficients:
+        """`Path.transport` of the estimate; exactly x_t at s = t."""
+        keep = torch.where(s == t, torch.ones_like(t), path.sigma(s) / path.sigma(t))
+        return Coefficients(keep, path.alpha(s) - path.alpha(t) * keep, 1 / _norm(path, t))
+
+    def noise(self, path: Path, t: Tensor) -> Tensor:
+        return self.time_input(path, t)
+
+
+def _norm(path: Path, t: Tensor) -> Tensor:
+    """sqrt(alpha^2 + sigma^2): the size of x_t for data of variance 1."""
+    return (path.alpha(t) ** 2 + path.sigma(t) ** 2).sqrt()
+
+
+AnyParameterization = EDM | BoundaryEDM | Piecewise | Velocity | Epsilon | VPrediction | Sample
+PARAMETERIZATIONS: dict[str, type] = {p.kind: p for p in get_args(AnyParameterization)}
+TIME_INPUTS: dict[str, type] = {told.kind: told for told in get_args(AnyTimeInput)}

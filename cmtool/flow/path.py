@@ -6,9 +6,10 @@ once, in `Path`. Times grow with the noise, from `t_min` (data) to `t_max` (nois
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -195,4 +196,104 @@ class Trig(Path):
         return torch.atan(ratio / self.sigma_data)
 
 
-PATHS: dict[str, type[Path]] = {"ve": VE, "linear": Linear, "trig": Trig}
+Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+@dataclass(frozen=True)
+class VP(Path):
+    """Variance preserving, alpha^2 + sigma^2 = 1, in discrete steps: DDPM. Ho et al. (2020), arXiv:2006.11239.
+
+    x_k = sqrt(abar_k) x0 + sqrt(1 - abar_k) eps with abar_k = prod_{i <= k} (1 - beta_i), k = 0 to num_steps - 1. The
+    time is the step; between two steps ln(sigma / alpha) is linear in it, so that any solver can walk the path.
+
+    Args:
+        betas: "linear" in beta (Ho et al.), "scaled_linear" in its root (latent diffusion), or "squaredcos_cap_v2",
+            the squared cosine of Nichol and Dhariwal (2021), arXiv:2102.09672, eq. 17, with betas of at most 0.999.
+        beta_start, beta_end: the first and the last beta of the linear ones.
+        num_steps: steps of the schedule.
+        table: betas of its own instead of all these, one a step.
+        zero_snr: shift and scale sqrt(abar) so that the last step holds no data. Lin et al. (2024), arXiv:2305.08891,
+            algorithm 1; the last abar is 2^-24 instead of 0, to keep every ratio finite.
+    """
+
+    kind: ClassVar[str] = "vp"
+    t_min: float = 0.0
+    t_max: float = 999.0
+    betas: Betas = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_steps: int = 1000
+    table: tuple[float, ...] = ()
+    zero_snr: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.betas not in get_args(Betas):
+            raise ValueError(f"betas are one of {', '.join(get_args(Betas))}, found {self.betas!r}")
+        if self.table and len(self.table) != self.num_steps:
+            raise ValueError(f"the table has {len(self.table)} betas for {self.num_steps} steps")
+        if not 2 <= self.num_steps <= 100_000:
+            raise ValueError(f"num_steps must lie in 2 to 100000, found {self.num_steps}")
+        if self.t_max > self.num_steps - 1:
+            raise ValueError(f"the last step is {self.num_steps - 1}, found t_max={self.t_max}")
+        if not all(0 < beta < 1 for beta in self.table or (self.beta_start, self.beta_end)):
+            raise ValueError("betas lie between 0 and 1")
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(-2 * self._log_ratio(t)).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sigmoid(2 * self._log_ratio(t)).sqrt()
+
+    def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma, slope = self.alpha(t), self.sigma(t), self._knots(t)[1]
+        return -alpha * sigma**2 * slope, sigma * alpha**2 * slope
+
+    def time(self, ratio: Tensor) -> Tensor:
+        table = _log_ratios(replace(self, t_min=0.0, t_max=self.num_steps - 1)).to(ratio.device)
+        wanted = ratio.to(table.dtype).clamp_min(torch.finfo(torch.float32).tiny).log()
+        k = torch.searchsorted(table, wanted.contiguous()).clamp(1, len(table) - 1) - 1
+        return (k + (wanted - table[k]) / (table[k + 1] - table[k])).to(ratio.dtype)
+
+    def like(self, other: Path) -> VP:
+        low, high = (
+            min(max(float(self.time(other.ratio(torch.tensor(t, dtype=torch.float64)))), 0.0), self.num_steps - 1.0)
+            for t in (other.t_min, other.t_max)  # there are no levels beyond the first and the last step
+        )
+        return replace(self, t_min=low, t_max=high)
+
+    def _log_ratio(self, t: Tensor) -> Tensor:
+        """ln(sigma / alpha): the table's at whole steps, linear between two, the end pieces prolonged."""
+        return self._knots(t)[0]
+
+    def _knots(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        table = _log_ratios(replace(self, t_min=0.0, t_max=self.num_steps - 1)).to(t.device)
+        k = t.detach().floor().long().clamp(0, len(table) - 2)
+        slope = table[k + 1] - table[k]
+        return (table[k] + (t - k) * slope).to(t.dtype), slope.to(t.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _log_ratios(path: VP) -> Tensor:
+    """ln(sigma / alpha) at each step; float64 [num_steps]."""
+    n = path.num_steps
+    if path.table:
+        betas = torch.tensor(path.table, dtype=torch.float64)
+    elif path.betas == "linear":
+        betas = torch.linspace(path.beta_start, path.beta_end, n, dtype=torch.float64)
+    elif path.betas == "scaled_linear":
+        betas = torch.linspace(path.beta_start**0.5, path.beta_end**0.5, n, dtype=torch.float64) ** 2
+    else:
+        at = torch.arange(n + 1, dtype=torch.float64) / n
+        bar = torch.cos((at + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
+    bar = torch.cumprod(1 - betas, dim=0)
+    if path.zero_snr:
+        root = bar.sqrt()
+        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        bar[-1] = 2.0**-24
+    return ((1 - bar) / bar).log() / 2
+
+
+AnyPath = VE | Linear | Trig | VP
+PATHS: dict[str, type[Path]] = {path.kind: path for path in get_args(AnyPath)}

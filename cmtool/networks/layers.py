@@ -180,9 +180,15 @@ class Resample(nn.Module):
         super().__init__()
         self.up = up
         self.padding = (len(taps) - 1) // 2 if pad else 0
+        self.taps = taps
         self.box = taps[0] == taps[-1] and len(taps) == 2
-        line = torch.tensor(taps, dtype=torch.float32) / sum(taps) * (2 if up else 1)
-        self.register_buffer("filter", torch.outer(line, line)[None, None], persistent=False)
+        self.register_buffer("filter", torch.empty(1, 1, len(taps), len(taps)), persistent=False)
+        self.restore_constants()
+
+    def restore_constants(self) -> None:
+        """Set the filter, also where the network was built without memory; see `networks.restore_constants`."""
+        line = torch.tensor(self.taps, dtype=torch.float32) / sum(self.taps) * (2 if self.up else 1)
+        self.filter = torch.outer(line, line)[None, None]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.box:

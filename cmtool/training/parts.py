@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
-from cmtool.flow.parameterization import EDM, BoundaryEDM, LogRatio, PathTime, Piecewise, Velocity
-from cmtool.flow.path import VE, Linear, Trig
+from cmtool.flow.parameterization import (
+    EDM,
+    BoundaryEDM,
+    CosineStep,
+    Epsilon,
+    LogRatio,
+    PathTime,
+    Piecewise,
+    Sample,
+    Velocity,
+    VPrediction,
+    VPTime,
+)
+from cmtool.flow.path import VE, VP, Linear, Trig
 from cmtool.solvers import DDIM, DPMSolver2, Euler, Heun
 from cmtool.times import (
     Adjacent,
@@ -55,6 +67,7 @@ __all__ = [
     "LPIPS",
     "SNR",
     "VE",
+    "VP",
     "Adaptive",
     "AdaptiveAverage",
     "Adjacent",
@@ -65,11 +78,13 @@ __all__ = [
     "Consistency",
     "Constant",
     "Continuous",
+    "CosineStep",
     "DPMSolver2",
     "Data",
     "Denoising",
     "Doubling",
     "Dyadic",
+    "Epsilon",
     "Euler",
     "Exponential",
     "Fixed",
@@ -107,6 +122,7 @@ __all__ = [
     "Recipe",
     "RhoUniform",
     "SNRPlusOne",
+    "Sample",
     "Self",
     "Tangent",
     "Tangential",
@@ -116,6 +132,8 @@ __all__ = [
     "TruncatedSNR",
     "Uniform",
     "UniformIndex",
+    "VPTime",
+    "VPrediction",
     "Velocity",
     "VelocityError",
 ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from cmtool.flow.flow_map import Role
-from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Piecewise, Velocity
-from cmtool.flow.path import PATHS, VE, Linear, Trig
+from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS, AnyParameterization, BoundaryEDM
+from cmtool.flow.path import PATHS, VE, AnyPath
 from cmtool.networks import CONFIGS, Config
 from cmtool.solvers import SOLVERS
 from cmtool.times import CURRICULA, GRIDS, INDEX_LAWS, TIME_SAMPLERS
@@ -66,8 +66,8 @@ class Recipe:
     role: Role
     objective: AnyObjective
     network: Config
-    path: VE | Linear | Trig = field(default_factory=VE)
-    parameterization: EDM | BoundaryEDM | Piecewise | Velocity = field(default_factory=BoundaryEDM)
+    path: AnyPath = field(default_factory=VE)
+    parameterization: AnyParameterization = field(default_factory=BoundaryEDM)
     optimizer: Optimizer = field(default_factory=Optimizer)
     averages: tuple[Exponential | HalfLife | Power, ...] = (Exponential(),)
     init_from_teacher: bool = False

@@ -14,15 +14,19 @@ from cmtool.errors import UsageError
 from cmtool.flow import (
     EDM,
     VE,
+    VP,
     BoundaryEDM,
+    Epsilon,
     FlowMap,
     Linear,
     LogRatio,
     ModelCard,
     PathTime,
     Piecewise,
+    Sample,
     Trig,
     Velocity,
+    VPrediction,
     guided,
     on_path,
 )
@@ -32,7 +36,7 @@ from tests import models
 from tests.models import micro
 from tests.oracles import GaussianConsistency, GaussianOracle, MixtureOracle, learned
 
-PATHS = [VE(), Linear(), Trig()]
+PATHS = [VE(), Linear(), Trig(), VP()]
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.kind)
 
 
@@ -125,7 +129,7 @@ def test_velocity_is_the_slope_of_the_jump(path):
 
 # What the network is asked: F, the landing, augmentation.
 
-KINDS = [EDM(), BoundaryEDM(), Piecewise(), Velocity()]
+KINDS = [EDM(), BoundaryEDM(), Piecewise(), Velocity(), Epsilon(), VPrediction(), Sample()]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 
@@ -207,7 +211,9 @@ def test_the_gap_is_finite_over_the_whole_straight_path():
 
 
 @paths
-@pytest.mark.parametrize("kind", [EDM(), EDM(time_input=PathTime(3.0)), Velocity()], ids=repr)
+@pytest.mark.parametrize(
+    "kind", [EDM(), EDM(time_input=PathTime(3.0)), Velocity(), Epsilon(), VPrediction(), Sample()], ids=repr
+)
 def test_a_network_that_has_learned_the_flow_map_jumps_as_the_ode_does(path, kind):
     """Through parameterization, time input and gap, from and to anywhere; on the diagonal it is the denoiser."""
     oracle = GaussianOracle(path, 0.3, 0.4)
@@ -241,9 +247,10 @@ def test_a_network_that_has_learned_the_consistency_function(path, kind):
 # Another path.
 
 VE_ENDS = [Linear().like(VE()), Trig()]
-VIEWS = (
+SMOOTH = (
     [(VE(), path) for path in VE_ENDS] + [(path, VE()) for path in VE_ENDS] + [(Linear(), Trig()), (Trig(), Linear())]
 )
+VIEWS = [*SMOOTH, (VP(), VE()), (VE(), VP()), (VP(), Linear().like(VP()))]
 views = pytest.mark.parametrize(("own", "seen"), VIEWS, ids=lambda path: f"{path.kind}-{path.t_max:.4g}")
 
 
@@ -276,7 +283,7 @@ def test_an_oracle_seen_on_another_path_is_the_oracle_of_that_path(own, seen, ki
         torch.testing.assert_close(view.jump(x, t, s), expected.jump(x, t, s), **close)
 
 
-@views
+@pytest.mark.parametrize(("own", "seen"), SMOOTH, ids=lambda path: f"{path.kind}-{path.t_max:.4g}")
 def test_its_ode_ends_at_the_same_image(own, seen):
     """A mixture's ODE, solved on the model's own path and along the view's velocity, from and to the same ratios."""
     model = MixtureOracle(own)

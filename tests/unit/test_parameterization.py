@@ -8,11 +8,28 @@ import pytest
 import torch
 from torch.func import jvp
 
-from cmtool.flow import EDM, VE, BoundaryEDM, Linear, LogRatio, PathTime, Piecewise, Trig, Velocity
+from cmtool.flow import (
+    EDM,
+    VE,
+    VP,
+    BoundaryEDM,
+    CosineStep,
+    Epsilon,
+    Linear,
+    LogRatio,
+    PathTime,
+    Piecewise,
+    Sample,
+    Trig,
+    Velocity,
+    VPrediction,
+    VPTime,
+)
 from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS
 
-PATHS = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(0.0, math.pi / 2)]
-KINDS = [EDM(), BoundaryEDM(), Piecewise(), Velocity(), EDM(sigma_data=1.3), BoundaryEDM(sigma_data=1.3)]
+PATHS = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(0.0, math.pi / 2), VP()]
+DENOISERS = [EDM(), Velocity(), EDM(sigma_data=1.3), Epsilon(), Epsilon(-1, unit_input=False), VPrediction(), Sample()]
+KINDS = [*DENOISERS, BoundaryEDM(), Piecewise(), BoundaryEDM(sigma_data=1.3)]
 paths = pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.kind}-{path.t_min:.3g}")
 boundaries = pytest.mark.parametrize("kind", [BoundaryEDM(), Piecewise()], ids=lambda kind: kind.kind)
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.kind}-{getattr(kind, 'sigma_data', '')}")
@@ -26,6 +43,12 @@ def inside(path, n=200, dtype=torch.float64):
     return torch.linspace(path.t_min, path.t_max, n, dtype=torch.float64).to(dtype)
 
 
+def where_it_says_something(kind, path, n=200):
+    """Times at which the kind determines the image: pure noise, alpha = 0, has no image behind a predicted noise."""
+    t = inside(path, n)
+    return t[path.alpha(t) > 1e-9] if isinstance(kind, Epsilon) else t
+
+
 def assert_coefficients(found, skip, out, inp, tolerance):
     for value, expected in zip(found, (skip, out, inp), strict=True):
         assert float(value) == pytest.approx(expected, rel=tolerance, abs=1e-15)
@@ -33,7 +56,7 @@ def assert_coefficients(found, skip, out, inp, tolerance):
 
 def test_every_kind_is_tested():
     assert {type(kind) for kind in KINDS} == set(PARAMETERIZATIONS.values())
-    assert set(TIME_INPUTS.values()) == {LogRatio, PathTime}
+    assert set(TIME_INPUTS.values()) == {LogRatio, PathTime, VPTime, CosineStep}
 
 
 # Constants of Song et al. (2023), app. C, and Karras et al. (2022), table 1, with sigma_data = 0.5, eps = 0.002.
@@ -161,9 +184,10 @@ def test_the_piecewise_function_is_the_network_from_the_first_time_after_t_min_o
 @kinds
 def test_a_jump_to_t_min_is_the_estimate_of_a_consistency_function(path, kind):
     """... and of a denoiser where t_min is free of noise."""
-    if not isinstance(kind, BoundaryEDM) and path.t_min > 0:
+    if not isinstance(kind, BoundaryEDM) and path.sigma(f64(path.t_min)) > 0:
         return
-    t = inside(path)
+    t = where_it_says_something(kind, path)
+    t = t[1:] if isinstance(kind, Sample) else t  # its estimate is the network's also where the image is known
     jump, denoised = kind.jump(path, t, torch.full_like(t, path.t_min)), kind.denoised(path, t)
     for found, expected in zip(jump, denoised, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
@@ -172,16 +196,16 @@ def test_a_jump_to_t_min_is_the_estimate_of_a_consistency_function(path, kind):
 @paths
 @kinds
 def test_jumps_are_finite_over_the_whole_path(path, kind):
-    t, s = torch.meshgrid(inside(path, 30), inside(path, 30), indexing="ij")
+    t, s = torch.meshgrid(where_it_says_something(kind, path, 30), inside(path, 30), indexing="ij")
     below = s <= t
     for coefficient in kind.jump(path, t[below], s[below]):
         assert bool(coefficient.isfinite().all())
 
 
 @paths
-@pytest.mark.parametrize("kind", [EDM(), Velocity(), EDM(sigma_data=1.3)], ids=repr)
+@pytest.mark.parametrize("kind", DENOISERS, ids=repr)
 def test_the_jump_of_a_denoiser_is_ddim(path, kind):
-    t = inside(path)[1:]
+    t = where_it_says_something(kind, path)[1:]
     s = path.t_min + (t - path.t_min) * torch.linspace(0, 1, len(t), dtype=t.dtype)
     generator = torch.Generator().manual_seed(0)
     x, raw = (torch.randn(len(t), generator=generator, dtype=t.dtype) for _ in range(2))
@@ -215,8 +239,10 @@ def test_the_jump_of_a_consistency_function_follows_its_line(path, kind):
     torch.testing.assert_close(skip * x + out * raw, f, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("path", [Linear(0.01, 0.99), Trig()], ids=lambda path: path.kind)
-@pytest.mark.parametrize("kind", [EDM(), BoundaryEDM(), Piecewise()], ids=lambda kind: kind.kind)
+@pytest.mark.parametrize("path", [Linear(0.01, 0.99), Trig(), VP()], ids=lambda path: path.kind)
+@pytest.mark.parametrize(
+    "kind", [EDM(), BoundaryEDM(), Piecewise(), Epsilon(), VPrediction(), Sample()], ids=lambda kind: kind.kind
+)
 def test_all_paths_agree_at_equal_ratio(path, kind):
     """x_t / alpha is the VE sample at sigma / alpha: the estimate may not depend on how the path is drawn."""
     t = inside(path)
@@ -242,3 +268,83 @@ def test_the_network_sees_and_makes_unit_variance(path):
     torch.testing.assert_close(inp**2 * ((alpha * data) ** 2 + sigma**2), one)
     target = (1 - skip * alpha) ** 2 * data**2 + (skip * sigma) ** 2
     torch.testing.assert_close(target / out**2, one)
+
+
+# What the networks of others predict, and what they are told.
+
+
+@paths
+def test_each_prediction_means_what_its_name_says(path):
+    """From the right F, every kind gives back the image, and jumps to the image and the noise that it implies."""
+    t = inside(path)
+    t, s = t[(path.alpha(t) > 1e-9) & (path.sigma(t) > 1e-9)], f64(path.t_min + 0.3 * (path.t_max - path.t_min))
+    s = torch.minimum(t, s)
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(len(t), generator=generator, dtype=t.dtype) for _ in range(2))
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    x, norm = alpha * x0 + sigma * eps, (alpha**2 + sigma**2).sqrt()
+    said = {
+        Epsilon(): eps,
+        Epsilon(-1.0, unit_input=False): -eps,
+        VPrediction(): (alpha * eps - sigma * x0) / norm,
+        Sample(): x0,
+    }
+    for kind, raw in said.items():
+        skip, out, inp = kind.denoised(path, t)
+        torch.testing.assert_close(skip * x + out * raw, x0, rtol=1e-6, atol=1e-7)
+        skip, out, _ = kind.jump(path, t, s)
+        torch.testing.assert_close(skip * x + out * raw, path.alpha(s) * x0 + path.sigma(s) * eps, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            inp, torch.ones_like(t) if raw is said[Epsilon(-1.0, unit_input=False)] else 1 / norm
+        )
+
+
+def test_v_is_the_velocity_along_the_circle():
+    """Where alpha = cos and sigma = sin, v = d x_t / dt."""
+    path = Trig(0.0, math.pi / 2, sigma_data=1.0)
+    t = inside(path)
+    for found, expected in zip(VPrediction().denoised(path, t), Velocity().denoised(path, t), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_vp_sde_is_told_its_own_time():
+    """VPTime inverts sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1, Karras et al. (2022), table 1."""
+    t = f64(1e-5, 0.1, 0.5, 1.0)
+    sigma = torch.expm1(19.9 * t**2 / 2 + 0.1 * t).sqrt()
+    torch.testing.assert_close(VPTime()(VE(), sigma), 999 * t, rtol=1e-9, atol=1e-9)
+    assert float(sigma[-1]) == pytest.approx(152.17, rel=1e-4)
+
+
+def test_the_vp_sde_agrees_with_ddpms_schedule():
+    """The linear betas of Ho et al. are the SDE's in 1,000 steps: the same levels in the middle of a step."""
+    k = torch.arange(0, 1000, 111, dtype=torch.float64)[1:]
+    assert ((VPTime()(VP(), k) - (k + 0.5)) / k).abs().max() < 0.005
+
+
+def test_the_cosine_steps_are_those_of_the_schedule():
+    """u_j^2 = (1 - abar) / abar of the cosine schedule, but for the c1 that bounds the first steps."""
+    told = CosineStep()
+    levels = told.levels()
+    assert levels.shape == (1001,)
+    assert bool((levels[:-1] > levels[1:]).all())
+    assert float(levels[-1]) == 0
+    j = torch.arange(100, 1000, 50)
+    bar = torch.cos(((1000 - j) / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    free = torch.cos(torch.tensor(0.008 / 1.008 * math.pi / 2, dtype=torch.float64)) ** 2
+    torch.testing.assert_close(levels[j], (free / bar.double() - 1).sqrt(), rtol=1e-5, atol=0)
+    # a level is told its own step, and one slightly off the same
+    index = torch.tensor([0, 5, 400, 998, 1000])
+    assert told(VE(t_max=1e9), levels[index]).tolist() == (999 - index).tolist()
+    assert told(VE(), levels[400:401] * 1.0005).tolist() == [599]
+
+
+def test_half_the_unit_is_a_shift():
+    t = f64(0.002, 1.0, 80.0)
+    torch.testing.assert_close(LogRatio(1.0, unit=2.0)(VE(), t), (t / 2).log(), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="unit"):
+        LogRatio(unit=0.0)
+
+
+def test_bad_signs_are_refused():
+    with pytest.raises(ValueError, match="sign"):
+        Epsilon(sign=0.5)

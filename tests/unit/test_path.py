@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.autograd.functional import jvp
 
-from cmtool.flow.path import PATHS, VE, Linear, Trig
+from cmtool.flow.path import PATHS, VE, VP, Linear, Trig
 from tests.oracles import GaussianOracle
 
-ALL = [VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(sigma_data=1.0), Trig(0.0, math.pi / 2)]
+ALL = [
+    *(VE(), Linear(), Trig(), Linear(t_min=0.01, t_max=0.99), Trig(sigma_data=1.0), Trig(0.0, math.pi / 2)),
+    *(VP(), VP(betas="squaredcos_cap_v2", t_max=990.0), VP(t_max=49.0, num_steps=50, beta_end=0.2)),
+]
 paths = pytest.mark.parametrize("path", ALL, ids=lambda path: f"{path.kind}-{path.t_max:.3g}")
 
 
@@ -53,7 +56,7 @@ def test_also_in_float32_no_ratio_is_negative_or_undefined(path):
     assert bool((ratio.diff() > 0).all())
     assert float(ratio[0]) == pytest.approx(float(path.ratio(inside(path)[0])), rel=1e-6)
     assert float(ratio[-1]) > 0.999 * min(float(path.ratio(inside(path)[-1])), 1e7)
-    torch.testing.assert_close(path.time(ratio), t, rtol=1e-5, atol=0)
+    torch.testing.assert_close(path.time(ratio), t, rtol=1e-5, atol=1e-9 * path.t_max)
 
 
 @paths
@@ -166,7 +169,7 @@ def test_clamp_holds_times_between_the_ends(path):
 
 
 def test_the_usual_grid_of_a_path():
-    assert {kind: path.rho for kind, path in PATHS.items()} == {"ve": 7, "linear": 1, "trig": 1}
+    assert {kind: path.rho for kind, path in PATHS.items()} == {"ve": 7, "linear": 1, "trig": 1, "vp": 1}
 
 
 def gains(path, s, t):
@@ -232,3 +235,49 @@ def test_diffuse_refuses_to_take_noise_away(path):
 def test_impossible_ends_are_refused(ends):
     with pytest.raises(ValueError, match="t_min"):
         VE(*ends)
+
+
+# The discrete schedule.
+
+
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_vp_is_the_product_of_its_steps(betas):
+    path = VP(betas=betas)
+    k = torch.arange(1000, dtype=torch.float64)
+    kept = path.alpha(k) ** 2
+    torch.testing.assert_close(kept + path.sigma(k) ** 2, torch.ones_like(kept))
+    beta = 1 - kept[1:] / kept[:-1]
+    expected = {
+        "linear": 1e-4 + (0.02 - 1e-4) * k[1:] / 999,
+        "scaled_linear": (0.01 + (0.02**0.5 - 0.01) * k[1:] / 999) ** 2,
+        "squaredcos_cap_v2": (
+            1 - (torch.cos((k[1:] + 9) / 1008 * math.pi / 2) / torch.cos((k[1:] + 8) / 1008 * math.pi / 2)) ** 2
+        ).clamp_max(0.999),
+    }[betas]
+    torch.testing.assert_close(beta, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_vp_takes_a_table_and_a_last_step_without_data():
+    table = tuple(0.01 + 0.001 * k for k in range(20))
+    path = VP(num_steps=20, t_max=19, table=table)
+    kept = path.alpha(torch.arange(20, dtype=torch.float64)) ** 2
+    torch.testing.assert_close(1 - kept[1:] / kept[:-1], torch.tensor(table[1:], dtype=torch.float64))
+    empty = VP(num_steps=20, t_max=19, table=table, zero_snr=True)
+    ends = empty.alpha(torch.tensor([0.0, 19.0], dtype=torch.float64))
+    assert float(ends[0]) == pytest.approx(0.99**0.5)
+    assert float(ends[1]) == pytest.approx(2.0**-12)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"betas": "sine"}, "sine"),
+        ({"table": (0.1,)}, "1 betas"),
+        ({"t_max": 1000.0}, "last step is 999"),
+        ({"num_steps": 1, "t_max": 0.5}, "num_steps"),
+        ({"beta_end": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_vp_checks_its_schedule(changes, words):
+    with pytest.raises(ValueError, match=words):
+        VP(**changes)

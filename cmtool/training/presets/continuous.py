@@ -26,9 +26,9 @@ def sct(shape: Shape) -> Recipe:
     """
     from cmtool.training import parts as p
 
-    if shape.speaks_velocity:
+    if shape.keeps_form:
         raise ConfigError(
-            "a network that predicts the velocity of another path means nothing on this one",
+            "a network that predicts the velocity, the noise or the image of another path means nothing on this one",
             "start from a model of --preset edm, or from scratch",
         )
     return _trig("sct", shape, p.Data(), shape.ends(p.Trig()), shape.told(p.EDM(time_input=p.PathTime())))
@@ -47,7 +47,7 @@ def scd(shape: Shape) -> Recipe:
     from cmtool.training import parts as p
 
     told = shape.told(p.EDM(time_input=p.PathTime()))
-    return _trig("scd", shape, p.Teacher(), shape.ends(p.Trig()), told, init=not shape.speaks_velocity)
+    return _trig("scd", shape, p.Teacher(), shape.ends(p.Trig()), told, init=not shape.keeps_form)
 
 
 def _trig(name: str, shape: Shape, trajectory: Any, path: Any, parameterization: Any, *, init: bool = False) -> Recipe:

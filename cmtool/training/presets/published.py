@@ -403,7 +403,7 @@ def scd_cifar10(shape: Shape) -> Recipe:
     """
     from cmtool.training import parts as p
 
-    return _simplified("scd-cifar10", shape, p.Teacher(), dropout=0.0, init=not shape.speaks_velocity)
+    return _simplified("scd-cifar10", shape, p.Teacher(), dropout=0.0, init=not shape.keeps_form)
 
 
 def sct_cifar10(shape: Shape) -> Recipe:
@@ -526,7 +526,7 @@ def _diffusion(name: str, shape: Shape, network: Config, *, noise_scale: float =
         p.Denoising(p.LogNormal(-1.2, 1.2), p.L2(), p.KarrasWeight()),
         network,
         path=shape.path or p.VE(),
-        parameterization=shape.parameterization if shape.speaks_velocity else told,
+        parameterization=shape.parameterization if shape.keeps_form else told,
         **rest,
     )
 

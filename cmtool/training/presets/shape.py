@@ -41,8 +41,18 @@ class Shape:
         return default
 
     def form(self, default: Any) -> Any:
-        """The parameterization on the path of the model to start from: a velocity stays one, else see `told`."""
-        return self.parameterization if self.speaks_velocity else self.told(default)
+        """The parameterization on the path of the model to start from: see `told`, and `keeps_form` for all others."""
+        return self.parameterization if self.keeps_form else self.told(default)
+
+    @property
+    def keeps_form(self) -> bool:
+        """Whether the model to start from predicts a velocity, the noise or the image: its output means that, or noise.
+
+        Its jumps from t to s are x_t at s = t all the same, so that it is a consistency function as it is.
+        """
+        from cmtool.training import parts as p
+
+        return self.parameterization is not None and not isinstance(self.parameterization, p.EDM)
 
     @property
     def speaks_velocity(self) -> bool:
