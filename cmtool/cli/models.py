@@ -1,0 +1,62 @@
+"""`cmtool models`: the released checkpoints that cmtool knows by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import typer
+
+from cmtool.cli import console, options
+
+app = typer.Typer(no_args_is_help=True, help="List the released models that --model takes by name.")
+
+_FAMILIES = {
+    "openai": "OpenAI",
+    "edm": "NVlabs EDM",
+    "edm2": "NVlabs EDM2",
+    "jcm": "OpenAI JAX",
+}
+
+
+@app.command("ls")
+def ls(as_json: options.Json = False) -> None:
+    """List the released models: name, what it is, origin, licence, size, SHA-256, how to sample, whether it is here.
+
+    Sizes with a ~ are estimates. Publishers give no checksums: a file's is shown once it was fetched. Points are those
+    of the grid that two-step sampling uses.
+    """
+    from cmtool.io import origins
+    from cmtool.io.catalogue import RELEASED
+
+    described: list[dict[str, Any]] = []
+    for released in RELEASED.values():
+        file = origins.kept(released)
+        found = {
+            "role": released.role,
+            "estimated_size": released.estimated_size,
+            "recorded_sha256": origins.checksum(file) if file else None,
+            "path": str(file) if file else None,
+        }
+        described.append(asdict(released) | found)
+    if as_json:
+        console.emit_json({"folder": str(origins.folder()), "models": described})
+    else:
+        console.emit_rows([_row(model) for model in described])
+
+
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    sha256 = model["sha256"] or model["recorded_sha256"]
+    size = f"{model['size'] / 1e6:,.0f} MB" if model["size"] else f"~{model['estimated_size'] / 1e6:,.0f} MB"
+    points = ",".join(map(str, model["times"]))
+    sampling = f"points {points} of {model['grid_points']}" if points else model["solver"] or "-"
+    return (
+        model["name"],
+        f"{model['title']}, {model['data']}",
+        _FAMILIES[model["family"]],
+        model["licence"],
+        size,
+        sha256[:12] if sha256 else "-",
+        sampling,
+        "here" if model["path"] else "-",
+    )

@@ -1,0 +1,130 @@
+"""`cmtool models ls` and `cmtool fetch`: what they print, and that they are quick to start."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
+
+import pytest
+
+from cmtool.io import catalogue, origins
+from tests.unit.test_origins import serving
+
+BODY = b"weights" * 1000
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    for name in ("CMTOOL_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CMTOOL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models"
+
+
+@pytest.fixture
+def address(monkeypatch):
+    """A server that gives BODY for any path but /gone; `tiny_model` is a release on it."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        gone = handler.path == "/gone"
+        handler.send_response(404 if gone else 200)
+        handler.send_header("Content-Length", "0" if gone else str(len(BODY)))
+        handler.end_headers()
+        handler.wfile.write(b"" if gone else BODY)
+
+    with serving(answer) as address:
+        made = replace(catalogue.RELEASED["ct_imagenet64"], name="tiny_model", url=f"{address}/tiny.pt", file="tiny.pt")
+        monkeypatch.setitem(catalogue.RELEASED, "tiny_model", made)
+        yield address
+
+
+def test_the_list(cli, cache):
+    result = cli("models", "ls")
+    assert (result.code, result.stderr) == (0, "")
+    rows = {line.split()[0]: line for line in result.lines}
+    assert list(rows) == list(catalogue.RELEASED)
+    for word in ("consistency distillation, LPIPS, bedroom256", "MIT", "~2,105 MB", "points 0,17 of 40"):
+        assert word in rows["cd_bedroom256_lpips"]
+    for word in ("NVlabs EDM", "CC-BY-NC-SA-4.0", "--churn 40,0.05,50,1.003"):
+        assert word in rows["edm-imagenet-64x64-cond-adm"]
+    assert all(row.endswith("  -") for row in rows.values())
+    assert not cache.parent.exists()
+
+
+def test_the_list_says_what_is_here(cli, cache):
+    cache.mkdir(parents=True)
+    (cache / "ct_cat256.pt").write_bytes(BODY)
+    origins.resolve("ct_cat256")  # accepted, and its checksum recorded
+    (line,) = (line for line in cli("models", "ls").lines if line.startswith("ct_cat256 "))
+    assert SHA[:12] in line
+    assert line.endswith("here")
+    described = json.loads(cli("models", "ls", "--json").stdout)
+    assert described["folder"] == str(cache)
+    models = {model["name"]: model for model in described["models"]}
+    assert list(models) == list(catalogue.RELEASED)
+    found = models["ct_cat256"]
+    assert (found["path"], found["recorded_sha256"]) == (str(cache / "ct_cat256.pt"), SHA)
+    assert (found["times"], found["grid_points"], found["role"]) == ([0, 62], 151, "consistency")
+    assert models["cd_cat256_l2"]["path"] is None
+
+
+def test_the_list_loads_nothing_slow():
+    code = (
+        "import sys; from cmtool.cli.app import main; assert main(['models', 'ls']) == 0;"
+        "slow = {'torch', 'numpy', 'huggingface_hub', 'safetensors', 'rich'} & sys.modules.keys();"
+        "assert not slow, slow"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fetching_prints_where_the_files_are(cli, cache, address):
+    result = cli("fetch", "tiny_model", f"{address}/other.pt")
+    assert result.code == 0
+    one, two = result.lines
+    assert one == str(cache / "tiny.pt")
+    assert two.endswith("/other.pt")
+    assert (cache / "tiny.pt").read_bytes() == BODY
+    assert "tiny_model: licence MIT" in result.stderr
+    assert cli("--quiet", "fetch", "tiny_model") == (0, f"{one}\n".encode(), "")
+
+
+def test_fetching_as_json(cli, cache, address):
+    described = json.loads(cli("fetch", "tiny_model", "--json").stdout)
+    assert described == {
+        "models": [
+            {
+                "source": "tiny_model",
+                "path": str(cache / "tiny.pt"),
+                "bytes": len(BODY),
+                "sha256": SHA,
+                "released": "tiny_model",
+                "licence": "MIT",
+            }
+        ]
+    }
+
+
+def test_fetching_what_is_not_to_be_had(cli, cache, address, monkeypatch, tmp_path):
+    cli("fetch", "cd_imagenet64_l1").error(1, "no released checkpoint", "did you mean cd_imagenet64_l2")
+    cli("fetch", f"{address}/gone").error(1, "cannot download", "404", "give its path")
+    cli("fetch", tmp_path).error(2, "is a path", "hf:owner/name")
+    cli("fetch").error(2, "NAME")
+    monkeypatch.setenv("CMTOOL_OFFLINE", "1")
+    cli("fetch", "cd_imagenet64_l2").error(1, "offline", f"put it into {cache} as cd_imagenet64_l2.pt")
+    cli("fetch", "--json", "tiny_model").error(1, "offline")
+
+
+def test_a_release_by_name_is_a_model(cli, cache, student, monkeypatch, tmp_path):
+    """What lies in the cache under a release's name is what --model reads."""
+    cache.mkdir(parents=True)
+    (cache / "ct_imagenet64.pt").write_bytes(student.read_bytes())
+    monkeypatch.setenv("CMTOOL_OFFLINE", "1")
+    result = cli("sample", "--model", "ct_imagenet64", "--seeds", "0", "--out", tmp_path / "x.png")
+    assert result.code == 0, result.stderr
+    assert (tmp_path / "x.png").is_file()
