@@ -10,17 +10,32 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cmtool.networks.configs import SIZES, ADMConfig, Config, DDPMppConfig, MLPConfig
+from cmtool.networks.configs import SIZES, ADMConfig, Config, DDPMppConfig, EDM2Config, MLPConfig, UNet2DConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["CONFIGS", "NETWORKS", "SIZES", "ADMConfig", "Config", "DDPMppConfig", "MLPConfig", "build", "load_start"]
+__all__ = [
+    "CONFIGS",
+    "NETWORKS",
+    "SIZES",
+    "ADMConfig",
+    "Config",
+    "DDPMppConfig",
+    "EDM2Config",
+    "MLPConfig",
+    "UNet2DConfig",
+    "build",
+    "load_start",
+    "restore_constants",
+]
 
 # kind -> (config class, module and class that read it)
 NETWORKS: dict[str, tuple[type, str, str]] = {
     "ddpmpp": (DDPMppConfig, "ddpmpp", "DDPMpp"),
     "adm": (ADMConfig, "adm", "ADM"),
+    "unet2d": (UNet2DConfig, "unet2d", "UNet2D"),
+    "edm2": (EDM2Config, "edm2", "EDM2"),
     "mlp": (MLPConfig, "mlp", "MLP"),
 }
 CONFIGS: dict[str, type] = {kind: entry[0] for kind, entry in NETWORKS.items()}
@@ -37,6 +52,21 @@ def build(config: Config) -> nn.Module:
     _, module, name = NETWORKS[config.kind]
     network: nn.Module = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
     return network
+
+
+def restore_constants(network: nn.Module) -> None:
+    """Give a network that was built on the meta device the constants that are no part of its state dict.
+
+    Raises:
+        ValueError: if anything else is still without memory: its weights come from `load_state_dict(assign=True)`.
+    """
+    for module in network.modules():
+        restore = getattr(module, "restore_constants", None)
+        if restore is not None:
+            restore()
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{name} has no values")
 
 
 def load_start(network: nn.Module, state: Mapping[str, Tensor]) -> None:

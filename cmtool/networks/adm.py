@@ -81,7 +81,7 @@ class ADM(nn.Module):
         emb = self.time_embed["2"](F.silu(self.time_embed["0"](emb)))
         if self.label_emb is not None:
             hidden = self.config.label_dropout if self.training else 0.0
-            emb = emb + look_up(self.label_emb.weight.to(emb.dtype), labels, len(emb), hidden)
+            emb = emb + look_up(self.label_emb.weight.to(emb.dtype), labels, emb.shape[0], hidden)
         if self.map_gap is not None:
             emb = emb + self.map_gap(gap)
         return emb

@@ -98,7 +98,7 @@ class DDPMpp(nn.Module):
             # a linear map of the one-hot label, scaled to variance 1, is a row of a table
             table = self.map_label.weight.t().to(emb.dtype) * math.sqrt(self.config.num_classes)
             hidden = self.config.label_dropout if self.training else 0.0
-            emb = emb + look_up(table, labels, len(emb), hidden) + self.map_label.bias.to(emb.dtype)
+            emb = emb + look_up(table, labels, emb.shape[0], hidden) + self.map_label.bias.to(emb.dtype)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         if self.map_gap is not None:

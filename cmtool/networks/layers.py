@@ -52,11 +52,11 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None = None, *, silu: bool = False) -> Tensor:
         """The norm; then, with `film` = (scale, shift) [B, C] each, times 1 + scale plus shift; then SiLU if asked."""
-        weight, bias = self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+        weight, bias = self.weight.expand(x.shape[0], -1), self.bias.expand(x.shape[0], -1)
         if film is not None:
             scale, shift = film
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and not torch.compiler.is_exporting():
             return _Normalise.apply(x, weight, bias, self.num_groups, self.eps, silu)[0]
         return _normalise(x, weight, bias, self.num_groups, self.eps, silu)
 

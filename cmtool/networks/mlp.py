@@ -34,7 +34,7 @@ class MLP(nn.Module):
         emb = unit_features(noise, self.config.width)
         if self.map_label is not None:
             hidden = self.config.label_dropout if self.training else 0.0
-            emb = emb + look_up(self.map_label.weight.to(emb.dtype), labels, len(emb), hidden)
+            emb = emb + look_up(self.map_label.weight.to(emb.dtype), labels, emb.shape[0], hidden)
         if self.map_augment is not None and augment is not None:
             emb = emb + self.map_augment(augment.to(emb.dtype))
         if self.map_gap is not None:

@@ -479,7 +479,7 @@ def test_configurations_that_cannot_be_built(config, changes, message):
 
 
 def test_building_something_else():
-    with pytest.raises(ValueError, match="none of the networks ddpmpp, adm, mlp"):
+    with pytest.raises(ValueError, match="none of the networks ddpmpp, adm, unet2d, edm2, mlp"):
         build("ddpmpp")
 
 
