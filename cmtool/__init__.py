@@ -13,8 +13,9 @@ __version__ = "0.1.0"
 
 _PUBLIC: dict[str, str] = {
     "FlowMap": "cmtool.flow.flow_map",
-    "load": "cmtool.io.checkpoint",
+    "load": "cmtool.io.loading",
     "save": "cmtool.io.checkpoint",
+    "convert": "cmtool.io.converting",
     "sample": "cmtool.generate",
     "inpaint": "cmtool.generate",
     "colorize": "cmtool.generate",

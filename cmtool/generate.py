@@ -332,7 +332,7 @@ def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Te
         count = 18 if steps is None else steps
         if count < 1:
             raise UsageError(f"--steps must be at least 1, found {count}")
-        grid, free = Karras(model.card.grid_rho), model.path.t_min == 0  # a path that ends free of noise ends there
+        grid, free = Karras(model.card.grid_rho), not _noise_at_the_end(model)  # one free of noise ends there
         points = grid.times(model.path, count + free) if count + free > 1 else torch.tensor([model.path.t_max])
     # EDM's last step goes all the way to the clean image.
     return torch.cat([points, points.new_zeros(1)]) if points[-1] > 0 else points
@@ -357,7 +357,13 @@ def _solve(
     x, nfe = start, 0
     for state in solve(rule, denoise, model.path, start, points, noise=noise, churn=churn, ancestral=ancestral):
         x, nfe = state.x, state.nfe
+    if model.path.t_min == 0 and _noise_at_the_end(model):  # there is no time at which the last of it is gone
+        x, nfe = denoise(x, torch.full_like(x[:, 0, 0, 0], model.path.t_min)), nfe + 1
     return x, nfe
+
+
+def _noise_at_the_end(model: FlowMap) -> bool:
+    return float(model.path.sigma(torch.tensor(model.path.t_min, dtype=torch.float64))) > 0
 
 
 def _noise(seeds: list[int], model: FlowMap) -> Callable[[int], Tensor]:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "sampler": FLOW | {"times"},
     "generate": FLOW | {"editing", "rng", "sampler", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "rng", "solvers", "times"},
-    "io": FLOW | {"networks", "rng", "spec"},
+    "io": FLOW | {"networks", "rng", "spec", "times"},
     "cli": FLOW | {"editing", "generate", "io", "networks", "precision", "rng", "sampler", "spec", "times", "training"},
     "__main__": {"cli"},
     "__init__": set(),
@@ -50,13 +50,16 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "PIL": {"io"},
+    "huggingface_hub": {"io"},
+    "onnx": {"io"},
+    "onnxruntime": {"io"},
     "safetensors": {"io"},
     "sklearn": {"io"},
     "lpips": {"training"},
     "torchvision": {"training"},
 }
 STDLIB_AND_CORE = {*sys.stdlib_module_names, "cmtool", "torch", "numpy"}
-SLOW = {"torch", "torchvision", "numpy", "PIL", "safetensors", "lpips", "sklearn", "rich"}
+SLOW = {"torch", "torchvision", "numpy", "PIL", "safetensors", "lpips", "sklearn", "rich", "huggingface_hub", "onnx"}
 
 FILE_CALLS = {
     *(

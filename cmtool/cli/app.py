@@ -16,7 +16,22 @@ import typer
 from typer.main import get_command
 
 from cmtool import __version__, errors
-from cmtool.cli import average, colorize, console, data, info, inpaint, pairs, presets, sample, superres, train
+from cmtool.cli import (
+    average,
+    colorize,
+    console,
+    convert,
+    data,
+    fetch,
+    info,
+    inpaint,
+    models,
+    pairs,
+    presets,
+    sample,
+    superres,
+    train,
+)
 
 app = typer.Typer(
     name="cmtool",
@@ -35,7 +50,10 @@ app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("info")(info.info)
+app.command("convert", short_help="Write a model in another format, checked.")(convert.convert)
 app.command("average", short_help="List or write a run's averaged weights.")(average.average)
+app.command("fetch", short_help="Download models ahead of time.")(fetch.fetch)
+app.add_typer(models.app, name="models")
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
 

@@ -10,8 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TextIO
 
 _quiet = False
@@ -143,3 +143,21 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def fetching(source: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show how far a download has come, from the first call on: a source that is here already needs no bar."""
+    with ExitStack() as stack:
+        shown: list[Update] = []
+
+        def update(done: int, total: int | None) -> None:
+            if not shown:
+                shown.append(stack.enter_context(progress(f"fetch {source} (MB)", _megabytes(total or 0))))
+            shown[0](_megabytes(done))
+
+        yield update
+
+
+def _megabytes(count: int) -> int:
+    return -(-count // 10**6)

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cmtool.cli import console, images, options
-from cmtool.errors import ConfigError, DataError, UsageError
+from cmtool.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
     from cmtool.flow.flow_map import ModelCard
@@ -54,11 +52,12 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
 
     from cmtool.generate import Generated, labels_for
 
-    card = _card(request.model)
+    imported = images.read_model(request.model, role="consistency")
+    card = imported.card
     edit = read(card)
     named = request.labels
     labels = None if named is None else options.parse_labels(named, card.num_classes, card.class_names)
-    model = images.load_model(request.model, device=request.device, precision=request.precision, role="consistency")
+    model = images.ready(imported, device=request.device, precision=request.precision)
     size = request.batch or max(1, _BATCH_PIXELS // card.resolution**2)
 
     def batches() -> Iterator[Generated]:
@@ -69,22 +68,7 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
 
     described = [entry for entry, _ in images.save(title, batches(), seeds, targets, on_stdout=not request.as_json)]
     if request.as_json:
-        console.emit_json({"images": described, "image": request.image, "model": str(request.model)})
-
-
-def _card(source: Path) -> ModelCard:
-    """What the model at `source` says of itself, before its weights are read."""
-    from cmtool import spec
-    from cmtool.flow.flow_map import ModelCard
-    from cmtool.io import checkpoint
-
-    try:
-        card: ModelCard | None = spec.from_dict(checkpoint.header(source)["card"], ModelCard, {}, "card")
-    except ConfigError:
-        card = None
-    if card is None or card.role != "consistency":
-        card = checkpoint.load(source, role="consistency").card  # which says what is wrong before it reads weights
-    return card
+        console.emit_json({"images": described, "image": request.image, "model": request.model})
 
 
 def check_size(card: ModelCard, image: Tensor, name: str, factor: int = 1) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from cmtool.flow.flow_map import FlowMap, Role
     from cmtool.generate import Generated
+    from cmtool.io.imported import Imported
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _NOT_WRITABLE = (".gif", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".svg", ".npy", ".npz", ".zip", ".pt")
@@ -86,13 +87,21 @@ def one_result(as_json: bool, *targets: str | None) -> None:
         raise UsageError("stdout takes one result, an image or the --json object", "write the images to files")
 
 
-def load_model(source: Path, *, device: str, precision: str, role: Role | None = None) -> FlowMap:
-    """The model at `source`, on the device and in the precision that the options name, ready to sample."""
+def read_model(source: str, *, role: Role | None = None, assume: Role | None = None) -> Imported:
+    """What is known of the model at `source`, fetched first if it is elsewhere; arguments as `loading.load`."""
+    from cmtool.io import loading
+
+    with console.fetching(source) as update:
+        return loading.read(source, role=role, assume=assume, progress=update)
+
+
+def ready(imported: Imported, *, device: str, precision: str) -> FlowMap:
+    """The model, on the device and in the precision that the options name, ready to sample."""
     from cmtool import precision as policy
-    from cmtool.io import checkpoint
+    from cmtool.io.imported import assemble
 
     place = policy.device(device)
-    model = checkpoint.load(source, role=role, device=place)
+    model = assemble(imported).to(place)
     return model.compute_in(policy.compute_dtype(precision, place))  # type: ignore[arg-type]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +18,7 @@ SOLVERS = ("euler", "heun", "dpm2", "ddim", "ancestral")
 LANDINGS = ("t_min", "next")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+ROLES = ("denoiser", "consistency", "flow_map")
 CROPS = ("center", "none")
 RESIZES = ("box", "bilinear", "bicubic", "lanczos", "none")
 MAX_SEEDS = 1_000_000
@@ -181,7 +181,16 @@ def parsed(parser: Callable[[str], Any]) -> Any:
     return {"callback": check}
 
 
-Model = Annotated[Path, typer.Option("--model", metavar="PATH", help="A run folder or a .safetensors file.")]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", metavar="SOURCE", help="A run, a file, a released name, hf:owner/name or https://; see models ls."
+    ),
+]
+Role = Annotated[
+    str | None,
+    typer.Option("--role", help="What a file is that does not tell.", **one_of("--role", ROLES)),
+]
 Data = Annotated[str, typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip or .npz of images.")]
 Device = Annotated[
     str,

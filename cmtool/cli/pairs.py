@@ -80,7 +80,8 @@ def pairs(
     from cmtool.generate import generate
     from cmtool.io.pairs import About, write_pairs
 
-    flow = images.load_model(model, device=device, precision=precision)
+    imported = images.read_model(model, assume="denoiser")
+    flow = images.ready(imported, device=device, precision=precision)
     card = flow.card
     if card.role == "denoiser":
         solver = solver or "heun"
@@ -103,7 +104,7 @@ def pairs(
         batch=batch,
     )
     classes = card.class_names or tuple(str(label) for label in range(card.num_classes))
-    about = About(str(model), solver or "jump", steps, guidance, classes, card.licence)
+    about = About(model, solver or "jump", steps, guidance, classes, card.licence)
     with _terminable(), console.progress("pairs", len(wanted)) as update:
         write_pairs(out, len(wanted), _shown(made, update), about)
     console.note(f"{len(wanted):,} pairs {about.summary()}")

@@ -31,6 +31,7 @@ def sample(
     guidance: options.Guidance = 1.0,
     clip: Annotated[bool, typer.Option("--clip/--no-clip", help="Keep estimates in the image range.")] = True,
     batch: options.Batch = None,
+    role: options.Role = None,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     as_json: options.Json = False,
@@ -64,7 +65,8 @@ def sample(
     from cmtool.io.images import grid as arrange
     from cmtool.io.images import write_image
 
-    flow = images.load_model(model, device=device, precision=precision)
+    imported = images.read_model(model, role=role)  # type: ignore[arg-type]
+    flow = images.ready(imported, device=device, precision=precision)
     made = generate(
         flow,
         wanted,
@@ -87,6 +89,6 @@ def sample(
     if as_json:
         asked = {"solver": solver, "churn": added, "landing": landing, "guidance": None if guidance == 1 else guidance}
         given = {name: value for name, value in asked.items() if value is not None}
-        console.emit_json({"images": described, "grid": grid, "model": str(model), **given})
+        console.emit_json({"images": described, "grid": grid, "model": model, **given})
     elif grid not in (None, "-") and out != "-":
         console.emit_line(grid)

@@ -31,7 +31,8 @@ class Request:
         ),
     ] = None
     init: Annotated[
-        Path | None, typer.Option("--init", metavar="PATH", help="Start from the weights of this model.")
+        str | None,
+        typer.Option("--init", metavar="SOURCE", help="Start from the weights of this model; sources as --teacher."),
     ] = None
     iterations: Annotated[
         str | None, typer.Option("--iterations", metavar="COUNT", help="How long, in steps: 400k.")
@@ -96,7 +97,7 @@ class Request:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False
     as_json: options.Json = False
     # Those of `distill`, hidden here: `train` says where they belong.
-    teacher: Annotated[Path | None, typer.Option("--teacher", hidden=True, help="See distill.")] = None
+    teacher: Annotated[str | None, typer.Option("--teacher", hidden=True, help="See distill.")] = None
     guidance: Annotated[float | None, typer.Option("--guidance", hidden=True, help="See distill.")] = None
 
 
@@ -107,7 +108,12 @@ class Distillation(Request):
     distils: ClassVar[bool] = True
 
     teacher: Annotated[
-        Path | None, typer.Option("--teacher", metavar="PATH", help="The diffusion model to distil: a run or a file.")
+        str | None,
+        typer.Option(
+            "--teacher",
+            metavar="SOURCE",
+            help="The diffusion model to distil: a run, a file, a released name, hf:owner/name or https://.",
+        ),
     ] = None
     guidance: Annotated[
         float | None,

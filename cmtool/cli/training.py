@@ -58,7 +58,6 @@ def run(request: Request) -> None:
     settings = _settings(request, earlier)
 
     from cmtool import precision as policy
-    from cmtool.io import checkpoint
     from cmtool.io.data import open_data
     from cmtool.training.presets import Shape
 
@@ -73,9 +72,9 @@ def run(request: Request) -> None:
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
-    teacher = checkpoint.load(settings["teacher"], role="denoiser", device=device) if settings["teacher"] else None
+    teacher = _model(settings["teacher"], device, role="denoiser")
     first: Role | None = "consistency" if draft.objective.needs_first else None  # it answers where the noise is low
-    init = checkpoint.load(settings["init"], role=first, device=device) if settings["init"] else None
+    init = _model(settings["init"], device, role=first, assume="denoiser")
     data = open_data(**settings["data"])
     if teacher is not None:
         _check_data(data, teacher)
@@ -92,7 +91,7 @@ def run(request: Request) -> None:
         _describe(config, request.as_json)
         return
 
-    card = _card(recipe, settings, data, teacher)
+    card = _card(recipe, settings, data, teacher, init)
     trainer = _trainer(
         recipe,
         data,
@@ -146,8 +145,8 @@ def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError("missing option '--data'", "for example --data digits, or a folder of images")
     return {
         "data": {name: value for name, value in data.items() if value is not None},
-        "teacher": str(request.teacher) if request.teacher else earlier.get("teacher"),
-        "init": str(request.init) if request.init else earlier.get("init"),
+        "teacher": request.teacher or earlier.get("teacher"),
+        "init": request.init or earlier.get("init"),
         "seed": request.seed if request.seed is not None else earlier.get("seed", 0),
     }
 
@@ -285,7 +284,9 @@ def _shape(data: Dataset, start: FlowMap | None, distils: bool) -> Shape:
     return dataclasses.replace(shape, network=network, path=start.path, parameterization=start.parameterization)
 
 
-def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None) -> ModelCard:
+def _card(
+    recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None, init: FlowMap | None
+) -> ModelCard:
     from cmtool.flow.flow_map import ModelCard
 
     classes = recipe.network.num_classes
@@ -297,8 +298,22 @@ def _card(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: F
         class_names=data.class_names if classes == len(data.class_names) else (),
         teacher=settings["teacher"] or "",
         data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
-        licence=teacher.card.licence if teacher is not None else data.report.pairs.licence if data.report.pairs else "",
+        licence=_licence(teacher, init, data),
     )
+
+
+def _licence(teacher: FlowMap | None, init: FlowMap | None, data: Dataset) -> str:
+    """What the weights inherit: the terms of the teacher, of the weights to start from and of the pairs."""
+    parts = [model.card.licence for model in (teacher, init) if model is not None]
+    parts += [data.report.pairs.licence] if data.report.pairs else []
+    return "; ".join(dict.fromkeys(part for part in parts if part))
+
+
+def _model(source: str | None, device: torch.device, **roles: Role | None) -> FlowMap | None:
+    """The model to follow or to start from."""
+    from cmtool.io.imported import assemble
+
+    return None if source is None else assemble(images.read_model(source, **roles)).to(device)
 
 
 # Refusing what does not fit together.
@@ -466,10 +481,13 @@ def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: s
 
 def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:
     """Say where weights do not carry over: a network's output is no velocity, or the velocity of one path."""
-    from cmtool.flow.parameterization import Velocity
+    from cmtool.flow.parameterization import Epsilon, Sample, Velocity, VPrediction
 
     def meaning(path: Any, parameterization: Any) -> str:
-        return f"the velocity of the {path.kind} path" if isinstance(parameterization, Velocity) else "no velocity"
+        if isinstance(parameterization, Velocity):
+            return f"the velocity of the {path.kind} path"
+        other = {Epsilon: "the noise", VPrediction: "v", Sample: "the image"}
+        return other.get(type(parameterization), "no velocity")
 
     if start is not None:
         before = meaning(start.path, start.parameterization)

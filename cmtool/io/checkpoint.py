@@ -24,8 +24,10 @@ from cmtool.io.files import write_atomic
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from cmtool.flow.flow_map import FlowMap, Role
+    from cmtool.io.imported import Imported
 
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
@@ -107,7 +109,7 @@ def header(source: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: for anything that is not a complete cmtool model file.
     """
     path = locate(source)
-    raw, size = _read_header(path)
+    raw, size = read_header(path)
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or "cmtool.model" not in metadata:
         raise CheckpointError(
@@ -138,8 +140,56 @@ def header(source: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
+def read(source: str | os.PathLike[str], role: Role | None = None) -> Imported:
+    """A model file of cmtool's, of this version or an earlier one, as `Imported`.
+
+    Raises:
+        CheckpointError: missing, damaged or foreign files, another role than the one asked for.
+    """
+    described = header(source)
+    path = Path(described["file"])
+
+    from cmtool import networks
+    from cmtool.flow.flow_map import ModelCard
+    from cmtool.flow.parameterization import PARAMETERIZATIONS, TIME_INPUTS, AnyParameterization
+    from cmtool.flow.path import PATHS, AnyPath
+    from cmtool.io.imported import Imported, other_role
+
+    found = described["card"].get("role")
+    if role is not None and found != role:
+        raise other_role(str(path), found, role)
+    kinds = {**networks.CONFIGS, **PATHS, **PARAMETERIZATIONS, **TIME_INPUTS}
+    try:
+        config = spec.from_dict(described["network"], networks.Config, kinds, "network")
+        noising = spec.from_dict(described["path"], AnyPath, kinds, "path")
+        parameterization = spec.from_dict(described["parameterization"], AnyParameterization, kinds, "parameterization")
+        card = spec.from_dict(described["card"], ModelCard, kinds, "card")
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} describes a model this cmtool does not know: {error.message}",
+            f"it was written by cmtool {described['version'] or '?'}",
+        ) from error
+    return Imported(config, noising, parameterization, card, read_tensors(path), "cmtool", str(path))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, whose claims are checked first.
+
+    Raises:
+        CheckpointError: a file that cannot be read.
+    """
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    read_header(path)
+    try:
+        return safetensors.torch.load_file(path, device="cpu")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "get the file again") from error
+
+
 def load(source: str | os.PathLike[str], *, role: Role | None = None, device: str | torch.device = "cpu") -> FlowMap:
-    """Load a model in evaluation mode, float32 weights.
+    """Load a model that cmtool wrote, in evaluation mode, with float32 weights; `cmtool.load` reads all kinds.
 
     Args:
         source: a run folder or a `.safetensors` file.
@@ -148,76 +198,12 @@ def load(source: str | os.PathLike[str], *, role: Role | None = None, device: st
     Raises:
         CheckpointError: missing, damaged or foreign files, weights that do not fit or are not finite, another role.
     """
-    described = header(source)
-    path = Path(described["file"])
-    found = described["card"].get("role")
-    if role is not None and found != role:
-        what = {
-            "denoiser": "a denoiser (a diffusion teacher)",
-            "consistency": "a consistency model",
-            "flow_map": "a two-time model",
-        }
-        raise CheckpointError(
-            f"{path} is {what.get(found, found)}, and {what[role]} is needed",
-            "a teacher is trained with `cmtool train --preset edm`"
-            if role == "denoiser"
-            else "a consistency model is trained with `cmtool distill`",
-        )
+    from cmtool.io.imported import assemble
 
-    import safetensors.torch
-    import torch
-    from safetensors import SafetensorError
-
-    from cmtool import networks
-    from cmtool.flow.flow_map import FlowMap, ModelCard
-    from cmtool.flow.parameterization import EDM, PARAMETERIZATIONS, TIME_INPUTS, BoundaryEDM, Piecewise, Velocity
-    from cmtool.flow.path import PATHS, VE, Linear, Trig
-
-    kinds = {**networks.CONFIGS, **PATHS, **PARAMETERIZATIONS, **TIME_INPUTS}
-    try:
-        config = spec.from_dict(described["network"], networks.Config, kinds, "network")
-        noising = spec.from_dict(described["path"], VE | Linear | Trig, kinds, "path")
-        parameterization = spec.from_dict(
-            described["parameterization"], EDM | BoundaryEDM | Piecewise | Velocity, kinds, "parameterization"
-        )
-        card = spec.from_dict(described["card"], ModelCard, kinds, "card")
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{path} describes a model this cmtool does not know: {error.message}",
-            f"it was written by cmtool {described['version'] or '?'}",
-        ) from error
-    try:
-        state = safetensors.torch.load_file(path, device="cpu")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "get the file again") from error
-    try:
-        if getattr(config, "num_blocks", getattr(config, "depth", 0)) > len(
-            state
-        ):  # each block has weights: do not even try
-            raise ValueError("too many blocks")
-        with torch.device("meta"):
-            expected = networks.build(config).state_dict()
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{path} describes a network that cannot be built", "get the file again") from error
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    wrong = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
-    if missing or extra or wrong:
-        name = sorted(missing or extra or wrong)[0]
-        problem = "is missing" if missing else "is not part of the network" if extra else "has another shape"
-        raise CheckpointError(f"{path} does not fit its own description: {name} {problem}", "get the file again")
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path} holds weights that are not finite, in {name}", "use an earlier checkpoint")
-    network = networks.build(config)
-    network.load_state_dict(
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    )
-    model = FlowMap(network, noising, parameterization, card)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.requires_grad_(False).eval()
+    return assemble(read(source, role)).to(device)
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and the file's size, each claim checked against the file."""
     broken = CheckpointError(
         f"{path} is not a complete safetensors file", "it may be cut off or another format: get it again"

@@ -77,14 +77,15 @@ def assemble(imported: Imported) -> FlowMap:
     weights: dict[str, Tensor] = {}
     for name in expected:
         tensor = imported.state.pop(name)
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float32)
-            if not bool(torch.isfinite(tensor).all()):
-                raise CheckpointError(
-                    f"{imported.file} holds weights that are not finite, in {name}", "use an earlier checkpoint"
-                )
-        if tensor.ndim == 4:
-            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        # Its own memory: the tensor may be a window on a file that somebody will change.
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        tensor = tensor.to(
+            torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True, memory_format=layout
+        )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{imported.file} holds weights that are not finite, in {name}", "use an earlier checkpoint"
+            )
         weights[name] = tensor
     network.load_state_dict(weights, assign=True)
     networks.restore_constants(network)

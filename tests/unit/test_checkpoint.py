@@ -317,7 +317,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path, saved):
     def wider(header):
         header["__metadata__"]["cmtool.model"]["network"]["channels"] = 16
 
-    with pytest.raises(CheckpointError, match="another shape"):
+    with pytest.raises(CheckpointError, match="has shape"):
         checkpoint.load(rewritten(saved, tmp_path / "a.safetensors", wider))
 
     def deeper(header):

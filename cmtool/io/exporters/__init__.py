@@ -1,0 +1,1 @@
+"""One file a foreign format: our models under its names and conventions."""
