@@ -98,12 +98,12 @@ def _read(path: Path, role: Role | None, assume: Role | None) -> Imported:
 
 def _from_state(state: dict[str, Any], path: Path, role: Role | None, assume: Role | None) -> Imported:
     """The model of a bare state dict, known by its names."""
-    from cmtool.io.importers import openai
+    from cmtool.io.importers import edm2, openai
 
     if openai.MARK in state:
         return openai.read(state, str(path), role, assume)
-    bare = {name.removeprefix("model.") for name in state}
-    if "map_layer0.weight" in bare or any(name.startswith("unet.enc.") for name in state):
+    bare = {name.removeprefix("model.").removeprefix(edm2.PREFIX) for name in state}
+    if {"map_layer0.weight", edm2.MARK} & bare:
         from cmtool.io.importers import edm
 
         return edm.read_state(state, str(path), role)

@@ -187,8 +187,8 @@ class Resample(nn.Module):
 
     def restore_constants(self) -> None:
         """Set the filter, also where the network was built without memory; see `networks.restore_constants`."""
-        line = torch.tensor(self.taps, dtype=torch.float32) / sum(self.taps) * (2 if self.up else 1)
-        self.filter = torch.outer(line, line)[None, None]
+        line = [tap / sum(self.taps) * (2 if self.up else 1) for tap in self.taps]
+        self.filter = torch.tensor([[[[a * b for b in line] for a in line]]], dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.box:

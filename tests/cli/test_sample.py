@@ -241,7 +241,7 @@ def test_a_bad_place_for_the_grid_is_told_before_the_model_is_loaded(cli, tmp_pa
     (tmp_path / "file").write_text("")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("shut") and access(path, mode))
-    monkeypatch.setattr(images, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(images, "read_model", lambda *_, **__: pytest.fail("the model was loaded"))
     cli("sample", "--model", tmp_path / "any", "--grid", tmp_path / grid).error(2, *words)
     cli("sample", "--model", tmp_path / "any", "--out", tmp_path / "o", "--grid", tmp_path / grid).error(2, *words)
 
@@ -253,7 +253,7 @@ def test_models_that_are_none(cli, student, tmp_path):
     ask(tmp_path / "nowhere").error(1, "no model", "nowhere")
     ask(tmp_path).error(1, "no run", str(tmp_path))
     (tmp_path / "text.safetensors").write_text("hello")
-    ask(tmp_path / "text.safetensors").error(1, "not a complete safetensors")
+    ask(tmp_path / "text.safetensors").error(1, "no file of weights")
     whole = student.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
     ask(tmp_path / "cut.safetensors").error(1, "not a complete safetensors")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cmtool.io.importers.edm import openai_names, qkv_blocks, take_filters
 from cmtool.networks import ADMConfig, DDPMppConfig, build
 from cmtool.networks.adm import Attention
 from tests.parity.goldens import meta, tensors
-from tests.parity.rename import openai_from_edm, qkv_blocks
 
 Coefficients = tuple[Tensor | float, Tensor | float, Tensor | float, Tensor]  # skip, out, in, noise
 
@@ -88,7 +88,8 @@ def test_edm_networks(variant: str, precondition: Callable[[Tensor], Coefficient
             head_channels=0,
             group_channels=4,
         )
-        weights = openai_from_edm(weights, config)
+        assert take_filters(weights) == (1, 1)
+        weights = openai_names(weights, config)
     else:
         config = DDPMppConfig(
             resolution=made["img_resolution"],

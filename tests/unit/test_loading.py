@@ -27,7 +27,7 @@ from cmtool.networks import ADMConfig
 from tests import models
 
 ADM = ADMConfig(
-    resolution=8, channels=32, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), head_channels=16
+    resolution=8, channels=32, channel_mult=(1, 2), num_blocks=1, attention_resolutions=(4,), head_channels=32
 )
 
 

@@ -255,8 +255,8 @@ def _import(
     try:
         form = FORMS[precondition](known)
         if second:
-            bare = not around and not any(name.startswith(edm2.LOSS_HEAD) for name in state)
-            if "ECMLoss" in around or (bare and role == "consistency"):  # ECT keeps EDM2's class and form
+            headless = not any(name.startswith(edm2.LOSS_HEAD) for name in state)
+            if "ECMLoss" in around or (headless and role == "consistency"):  # ECT keeps EDM2's class and form
                 form = replace(form, role="consistency", times=(80.0, 1.526))
             config, state = edm2.convert(state, known.values)
         else:
