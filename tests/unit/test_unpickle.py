@@ -460,7 +460,7 @@ def test_storages_that_are_not_torchs(data, file):
 def test_hostile_bytes_in_a_storage(module, attribute, file, tmp_path):
     """Where torch itself would call `torch.load` without any care."""
     if (module, attribute) == ("torch", "FloatStorage"):
-        pytest.skip("this one belongs there")
+        return  # this one belongs there
     marker = tmp_path / "ran"
     inner = b"\x80\x02" + call(f"c{module}\n{attribute}\n".encode(), text(f"touch {marker}")) + b"."
     head = GENUINE[: GENUINE.index(b"\x80\x02(X\x07\x00\x00\x00storage")]
