@@ -47,7 +47,7 @@ demo-short/student/model.safetensors:
 	$(MAKE) demo-short
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
