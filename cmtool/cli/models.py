@@ -23,8 +23,8 @@ _FAMILIES = {
 def ls(as_json: options.Json = False) -> None:
     """List the released models: name, what it is, origin, licence, size, SHA-256, how to sample, whether it is here.
 
-    Sizes with a ~ are estimates. Publishers give no checksums: a file's is shown once it was fetched. Points are those
-    of the grid that two-step sampling uses.
+    Sizes with a ~ are estimates. Publishers give no checksums: a file's is shown once it was fetched. Times are those
+    that --steps 2 samples at.
     """
     from cmtool.io import origins
     from cmtool.io.catalogue import RELEASED
@@ -37,6 +37,7 @@ def ls(as_json: options.Json = False) -> None:
             "estimated_size": released.estimated_size,
             "recorded_sha256": origins.checksum(file) if file else None,
             "path": str(file) if file else None,
+            "sigmas": list(released.sigmas()),
         }
         described.append(asdict(released) | found)
     if as_json:
@@ -48,8 +49,8 @@ def ls(as_json: options.Json = False) -> None:
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
     sha256 = model["sha256"] or model["recorded_sha256"]
     size = f"{model['size'] / 1e6:,.0f} MB" if model["size"] else f"~{model['estimated_size'] / 1e6:,.0f} MB"
-    points = ",".join(map(str, model["times"]))
-    sampling = f"points {points} of {model['grid_points']}" if points else model["solver"] or "-"
+    times = ",".join(f"{sigma:.4g}" for sigma in model["sigmas"])
+    sampling = f"times {times}" if times else model["solver"] or "-"
     return (
         model["name"],
         f"{model['title']}, {model['data']}",

@@ -13,9 +13,11 @@ import torch
 
 from cmtool import networks
 from cmtool.errors import CheckpointError
+from cmtool.flow import VE
 from cmtool.io import catalogue, origins
 from cmtool.io.catalogue import RELEASED
 from cmtool.networks import configs
+from cmtool.times import Karras
 
 every = pytest.mark.parametrize("name", RELEASED)
 
@@ -105,6 +107,8 @@ def test_sizes_are_near_those_that_others_report():
 )
 def test_times_are_the_published_ones(name, sigma):
     assert RELEASED[name].sigmas() == pytest.approx((80.0, sigma), abs=1e-5)
+    grid = Karras().times(VE(), RELEASED[name].grid_points)
+    assert RELEASED[name].sigmas() == pytest.approx(grid[list(RELEASED[name].times)].tolist(), rel=1e-7)
 
 
 def test_no_times_where_none_are_published():
