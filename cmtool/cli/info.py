@@ -69,7 +69,7 @@ def _rows(described: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, An
         ("time input", time_input(described["parameterization"])),
         ("grid", grid),
         *((f"times, {calls} calls", values) for calls, values in (card.get("times") or {}).items()),
-        *((name, card.get(name)) for name in ("preset", "iterations", "average", "teacher")),
+        *((name, card.get(name) or None) for name in ("preset", "iterations", "average", "teacher")),
         ("guidance", None if card.get("guidance", 1) == 1 else card.get("guidance")),
         *((name, card.get(name)) for name in ("data", "source", "licence")),
         ("boundary", None if boundary is None else f"max |f(x, t_min) - x| = {boundary:.2g}"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import FlowMap, Role
     from cmtool.io.imported import Imported
 
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # as safetensors writes them
 FORMATS = {
     "cmtool": "cmtool",
     "openai": "OpenAI consistency models, PyTorch",
@@ -194,7 +195,8 @@ def describe(
 
     located = origins.resolve(source, progress=progress)
     if sniff(located.path) == "cmtool":
-        return checkpoint.header(located.path) | {"format": "cmtool"}
+        told = checkpoint.header(located.path)
+        return told | {"format": "cmtool", "dtypes": [_DTYPES.get(name, name) for name in told["dtypes"]]}
 
     from cmtool import spec
 
