@@ -18,7 +18,7 @@ from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap, guided
 from cmtool.sampler import Landing, check_times, default_times
 from cmtool.sampler import sample as run_sampler
-from cmtool.solvers import SOLVERS, Churn, Euler, Solver, solve
+from cmtool.solvers import DDIM, SOLVERS, Churn, Solver, solve
 from cmtool.times import Karras
 
 _BATCH_PIXELS = 256 * 64 * 64  # images a batch by default: 256 of 64x64
@@ -334,8 +334,9 @@ def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Te
             raise UsageError(f"--steps must be at least 1, found {count}")
         grid, free = Karras(model.card.grid_rho), not _noise_at_the_end(model)  # one free of noise ends there
         points = grid.times(model.path, count + free) if count + free > 1 else torch.tensor([model.path.t_max])
-    # EDM's last step goes all the way to the clean image.
-    return torch.cat([points, points.new_zeros(1)]) if points[-1] > 0 else points
+    # EDM's last step goes all the way to the clean image; where no time is free of noise, `_solve` makes it.
+    ends = points[-1] > 0 and not (model.path.t_min == 0 and _noise_at_the_end(model))
+    return torch.cat([points, points.new_zeros(1)]) if ends else points
 
 
 def _solve(
@@ -353,12 +354,12 @@ def _solve(
         return estimate.clamp(-1, 1) if clip else estimate
 
     ancestral = solver == "ancestral"
-    rule: Solver = Euler() if ancestral else SOLVERS[solver]()
+    rule: Solver = DDIM() if ancestral else SOLVERS[solver]()
     x, nfe = start, 0
     for state in solve(rule, denoise, model.path, start, points, noise=noise, churn=churn, ancestral=ancestral):
         x, nfe = state.x, state.nfe
     if model.path.t_min == 0 and _noise_at_the_end(model):  # there is no time at which the last of it is gone
-        x, nfe = denoise(x, torch.full_like(x[:, 0, 0, 0], model.path.t_min)), nfe + 1
+        x, nfe = denoise(x, points[-1].to(x).expand(len(x))), nfe + 1
     return x, nfe
 
 

@@ -118,7 +118,8 @@ class Churn:
     def raised(self, path: Path, t: Tensor, steps: int) -> Tensor:
         """The time reached from t, a scalar."""
         level, gamma = path.ratio(t), min(self.churn / steps, math.sqrt(2) - 1)
-        return path.time(level * (1 + gamma)) if gamma and self.t_low <= level <= self.t_high else t
+        raised = path.time(level * (1 + gamma)) if gamma and self.t_low <= level <= self.t_high else t
+        return path.clamp(raised) if path.discrete else raised
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Images from an ONNX file, without torch: onnxruntime and numpy are all that deployment needs.
 
     cmtool convert runs/student student.onnx
-    python examples/onnx_sample.py student.onnx --steps 2 --count 16 --out onnx.png
+    python examples/onnx_sample.py student.onnx --times 80,0.8 --count 16 --out onnx.png
 
 The file holds f(x, t), the image behind x at time t. One step is f of pure noise; more steps put some noise back and
 ask again (Song et al. 2023, arXiv:2303.01469, algorithm 1). Works for models on the variance-exploding path, which all
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--steps", type=int, default=1, help="how many of the times in the file: 1 is the first only")
+    parser.add_argument("--times", help="the times instead, for example 80,0.8: one call each")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="onnx.png")
@@ -32,9 +33,14 @@ def main() -> None:
     path = json.loads(told["cmtool.path"])
     if path["kind"] != "ve":
         parser.error(f"the model lives on the path {path['kind']}; this script only knows ve")
-    times = [path["t_max"]] if given.steps == 1 else json.loads(told["cmtool.times"]).get(str(given.steps))
+    if told["cmtool.role"] == "denoiser":
+        parser.error("the file holds a denoiser: one call of it makes a mean, not an image")
+    if given.times:
+        times = [float(time) for time in given.times.split(",")]
+    else:
+        times = [path["t_max"]] if given.steps == 1 else json.loads(told["cmtool.times"]).get(str(given.steps))
     if times is None:
-        parser.error(f"the file recommends no times for {given.steps} steps")
+        parser.error(f"the file recommends no times for {given.steps} steps; name them with --times")
 
     inputs = {entry.name: entry for entry in session.get_inputs()}
     shape = (given.count, *inputs["x"].shape[1:])

@@ -21,7 +21,11 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="The file to write, or the folder of a pipeline.")],
     to: Annotated[
         str | None,
-        typer.Option("--to", help="The format. [default: as DST is named]", **options.one_of("--to", FORMATS)),
+        typer.Option(
+            "--to",
+            help="The format. [default: as DST ends; none is diffusers]",
+            **options.one_of("--to", FORMATS),
+        ),
     ] = None,
     role: options.Role = None,
     resolution: Annotated[
@@ -34,7 +38,7 @@ def convert(
             "--set", metavar="NAME=VALUE", help="What else SRC does not tell: network.head_channels=32; repeatable."
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file or the pipeline at DST.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a model in another format, read it back and say how far the two are apart.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cmtool.cli import console, options
-from cmtool.errors import UsageError
+from cmtool.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,6 +125,11 @@ def save(
     done = 0
     with console.progress(title, len(seeds)) as update:
         for batch in made:
+            if not bool(batch.images.isfinite().all()):
+                raise CheckpointError(
+                    "the model makes images with values that are not finite",
+                    "its weights may be damaged; cmtool info says more",
+                )
             classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.tolist()
             for seed, label, image in zip(batch.seeds, classes, to_uint8(batch.images), strict=True):
                 target = targets[done]

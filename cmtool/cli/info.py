@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -27,7 +28,7 @@ def info(
     from cmtool.io import loading
 
     with console.fetching(model) as update:
-        described = loading.describe(model, role=role, progress=update)  # type: ignore[arg-type]
+        described, imported = loading.describe(model, role=role, progress=update)  # type: ignore[arg-type]
     card = described.pop("card")
     doubts = [*(card.get("notes") or ())]
     checked: dict[str, Any] = {}
@@ -35,9 +36,9 @@ def info(
         from cmtool.io import checks
         from cmtool.io.imported import assemble
 
-        flow = assemble(loading.read(model, role=role, assume="denoiser"))  # type: ignore[arg-type]
+        flow = assemble(imported or loading.read(model, role=role))  # type: ignore[arg-type]
         findings = checks.examine(flow)
-        checked = {"boundary": findings.boundary, "largest": findings.largest}
+        checked = {"boundary": _finite(findings.boundary), "largest": _finite(findings.largest)}
         doubts += findings.doubts
     described = card | described | checked | {"notes": doubts}
     if as_json:
@@ -74,6 +75,11 @@ def _rows(described: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, An
         *((name, card.get(name)) for name in ("data", "source", "licence")),
         ("boundary", None if boundary is None else f"max |f(x, t_min) - x| = {boundary:.2g}"),
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no word for the numbers of a broken network; its doubts say it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _component(value: dict[str, Any]) -> str:

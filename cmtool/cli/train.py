@@ -32,7 +32,11 @@ class Request:
     ] = None
     init: Annotated[
         str | None,
-        typer.Option("--init", metavar="SOURCE", help="Start from the weights of this model; sources as --teacher."),
+        typer.Option(
+            "--init",
+            metavar="SOURCE",
+            help="Start from the weights of a model: any that sample takes.",
+        ),
     ] = None
     iterations: Annotated[
         str | None, typer.Option("--iterations", metavar="COUNT", help="How long, in steps: 400k.")
@@ -46,7 +50,9 @@ class Request:
     lr: Annotated[float | None, typer.Option("--lr", metavar="RATE", help="Learning rate.")] = None
     network: Annotated[
         str | None,
-        typer.Option("--network", metavar="SIZE", help="tiny, small, or a published one [default: the preset's]."),
+        typer.Option(
+            "--network", metavar="SIZE", help="tiny, small, adm-small or a published one [default: the preset's]."
+        ),
     ] = None
     set_: Annotated[
         list[str] | None,

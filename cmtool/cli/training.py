@@ -288,6 +288,7 @@ def _card(
     recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None, init: FlowMap | None
 ) -> ModelCard:
     from cmtool.flow.flow_map import ModelCard
+    from cmtool.io import origins
 
     classes = recipe.network.num_classes
     return ModelCard(
@@ -296,7 +297,7 @@ def _card(
         channels=data.report.channels,
         num_classes=classes,
         class_names=data.class_names if classes == len(data.class_names) else (),
-        teacher=settings["teacher"] or "",
+        teacher=origins.shown(settings["teacher"] or ""),
         data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
         licence=_licence(teacher, init, data),
     )
@@ -475,6 +476,8 @@ def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: s
         f"{recipe.preset}: {size:,} parameters, {recipe.iterations:,} steps of {recipe.batch} images, "
         f"{dtype} on {trainer.device}" + (f", from step {trainer.step:,}" if trainer.step else "")
     )
+    for note in teacher.card.notes if teacher is not None else ():
+        console.note(f"teacher: {note}")
     if teacher is not None and teacher.card.licence:
         console.note(f"the teacher is under {teacher.card.licence}: its student may be, too")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,14 @@ class ModelCard:
     licence: str = ""
     source: str = ""  # where imported weights came from: the format and the file
     notes: tuple[str, ...] = ()  # what an importer guessed, and what looks wrong
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.grid_points <= 10**6 or not 0 < self.grid_rho < math.inf:
+            raise ValueError(f"no grid has {self.grid_points} points with rho {self.grid_rho}")
+        for steps, times in self.times.items():
+            falling = all(0 < later < earlier for earlier, later in pairwise((math.inf, *times)))
+            if not times or not falling or str(steps) != str(len(times)):
+                raise ValueError(f"the times {tuple(times)} for {steps} steps are not as many falling numbers")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -102,7 +102,7 @@ class CosineStep:
 
     def levels(self) -> Tensor:
         """u_0 (the largest noise) to u_M = 0; float64 [M + 1]."""
-        return _cosine_levels(self)
+        return torch.tensor(_cosine_levels(self), dtype=torch.float64)
 
     def __call__(self, path: Path, t: Tensor) -> Tensor:
         levels = self.levels().to(t.device)
@@ -111,14 +111,14 @@ class CosineStep:
 
 
 @functools.lru_cache(maxsize=4)
-def _cosine_levels(told: CosineStep) -> Tensor:
+def _cosine_levels(told: CosineStep) -> tuple[float, ...]:
     m = told.num_steps
-    bar = torch.sin(torch.arange(m + 1, dtype=torch.float64) / (m * (told.c2 + 1)) * (math.pi / 2)) ** 2
+    bar = [math.sin(j / (m * (told.c2 + 1)) * (math.pi / 2)) ** 2 for j in range(m + 1)]
     levels = [0.0]
     for j in range(m, 0, -1):
-        ratio = max(float(bar[j - 1] / bar[j]), told.c1)
+        ratio = max(bar[j - 1] / bar[j], told.c1)
         levels.append(math.sqrt((levels[-1] ** 2 + 1) / ratio - 1))
-    return torch.tensor(levels[::-1], dtype=torch.float64)
+    return tuple(levels[::-1])
 
 
 AnyTimeInput = LogRatio | PathTime | VPTime | CosineStep

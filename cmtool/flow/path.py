@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import ClassVar, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,6 +28,7 @@ class Path:
     """Base of all paths. Times are tensors of any shape; samples `[B, ...]` go with times `[B]`."""
 
     kind: ClassVar[str]
+    discrete: ClassVar[bool] = False  # whether there are no noise levels beyond the ends
     rho: ClassVar[float] = 1.0  # spacing of this path's usual grid, see `times.Karras`
     t_min: float
     t_max: float
@@ -217,6 +221,7 @@ class VP(Path):
     """
 
     kind: ClassVar[str] = "vp"
+    discrete: ClassVar[bool] = True
     t_min: float = 0.0
     t_max: float = 999.0
     betas: Betas = "linear"
@@ -240,17 +245,18 @@ class VP(Path):
             raise ValueError("betas lie between 0 and 1")
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(-2 * self._log_ratio(t)).sqrt()
+        # not sqrt(sigmoid(-2 l)): a runtime's sigmoid may be exact to its largest value only, and alpha is small
+        return torch.exp(-F.softplus(2 * self._log_ratio(t), threshold=50) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sigmoid(2 * self._log_ratio(t)).sqrt()
+        return torch.exp(-F.softplus(-2 * self._log_ratio(t), threshold=50) / 2)
 
     def derivative(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma, slope = self.alpha(t), self.sigma(t), self._knots(t)[1]
         return -alpha * sigma**2 * slope, sigma * alpha**2 * slope
 
     def time(self, ratio: Tensor) -> Tensor:
-        table = _log_ratios(replace(self, t_min=0.0, t_max=self.num_steps - 1)).to(ratio.device)
+        table = self._table(ratio.device)
         wanted = ratio.to(table.dtype).clamp_min(torch.finfo(torch.float32).tiny).log()
         k = torch.searchsorted(table, wanted.contiguous()).clamp(1, len(table) - 1) - 1
         return (k + (wanted - table[k]) / (table[k + 1] - table[k])).to(ratio.dtype)
@@ -262,37 +268,40 @@ class VP(Path):
         )
         return replace(self, t_min=low, t_max=high)
 
+    def _table(self, device: torch.device) -> Tensor:
+        whole = replace(self, t_min=0.0, t_max=self.num_steps - 1)
+        return torch.tensor(_log_ratios(whole), dtype=torch.float64, device=device)
+
     def _log_ratio(self, t: Tensor) -> Tensor:
         """ln(sigma / alpha): the table's at whole steps, linear between two, the end pieces prolonged."""
         return self._knots(t)[0]
 
     def _knots(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        table = _log_ratios(replace(self, t_min=0.0, t_max=self.num_steps - 1)).to(t.device)
+        table = self._table(t.device)
         k = t.detach().floor().long().clamp(0, len(table) - 2)
         slope = table[k + 1] - table[k]
         return (table[k] + (t - k) * slope).to(t.dtype), slope.to(t.dtype)
 
 
 @functools.lru_cache(maxsize=16)
-def _log_ratios(path: VP) -> Tensor:
-    """ln(sigma / alpha) at each step; float64 [num_steps]."""
+def _log_ratios(path: VP) -> tuple[float, ...]:
+    """ln(sigma / alpha) at each step. Plain numbers: a tensor made while a network is traced would stay a trace."""
     n = path.num_steps
     if path.table:
-        betas = torch.tensor(path.table, dtype=torch.float64)
-    elif path.betas == "linear":
-        betas = torch.linspace(path.beta_start, path.beta_end, n, dtype=torch.float64)
-    elif path.betas == "scaled_linear":
-        betas = torch.linspace(path.beta_start**0.5, path.beta_end**0.5, n, dtype=torch.float64) ** 2
+        betas = list(path.table)
+    elif path.betas == "squaredcos_cap_v2":
+        bar = [math.cos((k / n + 0.008) / 1.008 * math.pi / 2) ** 2 for k in range(n + 1)]
+        betas = [min(1 - after / before, 0.999) for before, after in pairwise(bar)]
     else:
-        at = torch.arange(n + 1, dtype=torch.float64) / n
-        bar = torch.cos((at + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = (1 - bar[1:] / bar[:-1]).clamp_max(0.999)
-    bar = torch.cumprod(1 - betas, dim=0)
+        root = 2 if path.betas == "scaled_linear" else 1
+        low, high = path.beta_start ** (1 / root), path.beta_end ** (1 / root)
+        betas = [(low + (high - low) * k / (n - 1)) ** root for k in range(n)]
+    kept = list(accumulate((1 - beta for beta in betas), operator.mul))
     if path.zero_snr:
-        root = bar.sqrt()
-        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        bar[-1] = 2.0**-24
-    return ((1 - bar) / bar).log() / 2
+        first, last = math.sqrt(kept[0]), math.sqrt(kept[-1])
+        kept = [((math.sqrt(k) - last) * first / (first - last)) ** 2 for k in kept]
+        kept[-1] = 2.0**-24
+    return tuple(math.log((1 - k) / k) / 2 for k in kept)
 
 
 AnyPath = VE | Linear | Trig | VP

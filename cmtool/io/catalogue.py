@@ -15,7 +15,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from cmtool.errors import CheckpointError, nearest
+from cmtool.errors import nearest
 
 if TYPE_CHECKING:
     from cmtool.flow.flow_map import Role
@@ -245,7 +245,7 @@ def _jcm() -> Iterator[Released]:
             parameters=56_397_827,
             bytes_per_parameter=20 if name == "jcm-ct-lpips" else 16,
             grid_points=151 if name == "jcm-ct-lpips" else 18,
-            times=(0, 11) if name == "jcm-cd-lpips" else (),  # the notebook's, for a distilled model
+            times=(0, 11) if name.startswith("jcm-cd-") else (),  # the notebook's, for a distilled model
             solver="--solver heun --steps 18" if method == "edm" else "",
         )
 
@@ -253,17 +253,6 @@ def _jcm() -> Iterator[Released]:
 RELEASED: dict[str, Released] = {
     released.name: released for family in (_openai, _edm, _edm2, _jcm) for released in family()
 }
-
-
-def released(name: str) -> Released:
-    """The released checkpoint of that name.
-
-    Raises:
-        CheckpointError: an unknown name, with the nearest ones.
-    """
-    if name not in RELEASED:
-        raise CheckpointError(f"there is no released checkpoint {name}", suggest(name))
-    return RELEASED[name]
 
 
 def suggest(name: str) -> str:

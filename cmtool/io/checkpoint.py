@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 MODEL_FILE = "model.safetensors"
 _PARTS = ("network", "path", "parameterization", "card")
-_MAX_HEADER = 64 * 2**20  # bytes; the largest published networks need well under one
+_MAX_DIMENSIONS = 16
+_MAX_HEADER = 8 * 2**20  # bytes; the largest published networks need well under one
 
 
 def save(model: FlowMap, target: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
@@ -220,7 +222,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             raw = json.loads(file.read(length))
         if not isinstance(raw, dict):
             raise broken
-        end = max((entry["data_offsets"][1] for name, entry in raw.items() if name != "__metadata__"), default=0)
+        entries = [entry for name, entry in raw.items() if name != "__metadata__"]
+        if not all(_is_honest(entry, size) for entry in entries):
+            raise broken
+        end = max((entry["data_offsets"][1] for entry in entries), default=0)
         if size != 8 + length + end:
             raise broken
     except UserError:
@@ -232,6 +237,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise broken from error
     return raw, size
+
+
+def _is_honest(entry: Mapping[str, Any], size: int) -> bool:
+    """Whether a tensor's shape is one, and no larger than the file: the numbers in a header may be any text at all."""
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    plain = len(shape) <= _MAX_DIMENSIONS and all(type(n) is int and 0 <= n <= 2**40 for n in (*shape, *offsets))
+    return plain and isinstance(entry["dtype"], str) and _numel(shape) <= 8 * size
 
 
 def _numel(shape: list[int]) -> int:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Format = Literal["cmtool", "diffusers", "openai", "onnx"]
 ENDINGS: dict[str, Format] = {".safetensors": "cmtool", ".pt": "openai", ".pth": "openai", ".onnx": "onnx"}
+_MAX_SIDE = 4096
+_PIPELINE = {"model_index.json", "unet", "scheduler", "README.md"}  # all that a written folder holds
 TOLERANCE = {"cmtool": 0.0, "openai": 0.0, "diffusers": 0.0, "onnx": 1e-4}  # of the largest value
 
 
@@ -83,7 +85,9 @@ def convert(
         UsageError: a target that exists, or whose name says no format. ConfigError: settings that do not fit.
         DependencyError: without the packages of ONNX.
     """
-    place = Path(target)
+    place = Path(target).expanduser()
+    if str(target) == "-":
+        raise UsageError("a model is not written to a pipe", "name a file or folder")
     chosen = format or _format_of(place)
     if chosen not in get_args(Format):
         raise UsageError(f"there is no format {chosen!r} to convert to", nearest(chosen, get_args(Format)))
@@ -99,6 +103,8 @@ def convert(
     asked = checks.questions(model)
     before = checks.answers(model, asked)
     scale = float(before.abs().max())
+    if not scale < float("inf"):
+        raise CheckpointError(f"{source} makes values that are not finite", "its weights or settings are broken")
     with _staged(place) as staged:
         _write(model, staged, chosen)
         del model  # never two models at once
@@ -115,6 +121,7 @@ def convert(
 @contextmanager
 def _staged(target: Path) -> Iterator[Path]:
     """A place beside the target that takes its name if all went well, and is gone otherwise."""
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
@@ -135,6 +142,9 @@ def _staged(target: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for parent in made if not target.exists() else ():  # those made for nothing; the innermost is the first
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def _format_of(target: Path) -> Format:
@@ -154,8 +164,14 @@ def _check_place(target: Path, format: str, overwrite: bool) -> None:
         raise UsageError(f"{target} is a folder, and {format} is one file", "name a file")
     if target.exists() and folder and not target.is_dir():
         raise UsageError(f"{target} is a file, and {format} is a folder", "name a folder")
-    if target.exists() and not overwrite and not (folder and not any(target.iterdir())):
+    filled = target.exists() and not (folder and not any(target.iterdir()))
+    if filled and not overwrite:
         raise UsageError(f"{target} exists already", "name another place, or add --overwrite")
+    if filled and folder and not {entry.name for entry in target.iterdir()} <= _PIPELINE:
+        raise UsageError(
+            f"the folder {target} holds more than a pipeline of diffusers, and all of it would go",
+            "name another folder",
+        )
     above = Path(os.path.abspath(target)).parent
     while not above.exists():
         above = above.parent
@@ -195,6 +211,10 @@ def _at(imported: Imported, resolution: int) -> Imported:
     try:
         if resolution < 1:
             raise ValueError(f"a resolution is positive, found {resolution}")
+        if resolution > _MAX_SIDE:
+            raise ValueError(f"no image is larger than {_MAX_SIDE}x{_MAX_SIDE} here")
+        if config.kind in ("ddpmpp", "edm2", "mlp"):
+            raise ValueError(f"a network of the kind {config.kind} says its own, {old}")
         if hasattr(config, "attention_resolutions"):
             levels = [(old // at).bit_length() - 1 for at in config.attention_resolutions]
             changes["attention_resolutions"] = tuple(resolution >> level for level in levels)
@@ -229,12 +249,21 @@ def _read_back(
     notes: list[str],
 ) -> Tensor:
     """The outputs of what was written, read as anybody would read it."""
+    from cmtool.io.importers import openai
+
     if format == "onnx":
         from cmtool.io.exporters import onnx
 
         return torch.cat([onnx.run(target, *given) for given in asked])
     found = loading.read(target, role=was.card.role)
     if format == "openai":
+        method = openai.METHOD.search(target.name.lower())
+        if method is None or (method[1] == "edm") != (was.card.role == "denoiser"):
+            begins = "edm_" if was.card.role == "denoiser" else "cd_ or ct_"
+            notes.append(
+                f"OpenAI's format does not say that this is a {was.card.role}: let its name begin with {begins}, "
+                "or tell readers with --role"
+            )
         for name in ("resolution", "head_channels", "num_heads"):
             told, true = getattr(found.config, name), getattr(was.config, name)
             if told != true:

@@ -16,7 +16,10 @@ Progress = Callable[[int, int | None], None]  # bytes there so far, bytes in all
 MARK = "hf:"  # how such a source begins
 _FORM = f"write {MARK}owner/name[@revision][:file]"
 _TIMEOUT = 10.0  # seconds for the one question that comes first
-_FOLDER_FILES = ("model_index.json", "config.json", "README.md", "unet/config.json", "scheduler/scheduler_config.json")
+_FOLDER_FILES = (
+    *("model_index.json", "config.json", "README.md", "unet/config.json"),
+    *("scheduler/scheduler_config.json", "scheduler_config.json"),  # the first pipelines had all in one folder
+)
 _STEM = "diffusion_pytorch_model"
 
 

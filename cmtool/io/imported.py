@@ -6,8 +6,7 @@ ours, and says what it had to guess. `assemble` checks that all of it fits and m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +44,6 @@ class Imported:
     state: dict[str, Tensor]
     format: str
     file: str
-    details: dict[str, str] = field(default_factory=dict)  # more rows for `cmtool info`: name -> text
 
 
 def other_role(file: str, found: Role, wanted: Role) -> CheckpointError:
@@ -71,6 +69,7 @@ def assemble(imported: Imported) -> FlowMap:
     Raises:
         CheckpointError: names or shapes that do not fit the network, weights that are not finite.
     """
+    check_card(imported)
     network = blank(imported.config, imported.file, len(imported.state))
     check_fit(network, imported.state, imported.file)
     expected = list(network.state_dict())
@@ -93,6 +92,24 @@ def assemble(imported: Imported) -> FlowMap:
     return model.requires_grad_(False).eval()
 
 
+def check_card(imported: Imported) -> None:
+    """Whether the card speaks of the network that is there.
+
+    Raises:
+        CheckpointError: images of another size or number of channels, another number of classes.
+    """
+    card, config = imported.card, imported.config
+    for said, field, found in (
+        (card.resolution, "resolution", config.resolution),
+        (card.channels, "channels", config.in_channels),
+        (card.num_classes, "classes", config.num_classes),
+    ):
+        if said != found:
+            raise CheckpointError(
+                f"{imported.file} says {field} {said}, and its network has {found}", "get the file again"
+            )
+
+
 def blank(config: networks.Config, file: str, entries: int) -> nn.Module:
     """The network without memory, on the meta device.
 
@@ -100,7 +117,8 @@ def blank(config: networks.Config, file: str, entries: int) -> nn.Module:
         CheckpointError: a network that cannot be built, or that is far larger than `entries` tensors.
     """
     try:
-        if getattr(config, "num_blocks", 0) > entries:  # each block has weights: do not even try
+        levels = len(getattr(config, "channel_mult", ()) or getattr(config, "widths", ()) or (1,))
+        if getattr(config, "num_blocks", 0) * levels > entries:  # each block has weights: do not even try
             raise ValueError("too many blocks")
         with torch.device("meta"):
             network = networks.build(config)
@@ -118,6 +136,9 @@ def check_fit(network: nn.Module, state: dict[str, Tensor], file: str) -> None:
         CheckpointError: the first entry that is missing, is extra or has another shape, and how many more there are.
     """
     expected = network.state_dict()
+    odd = sorted(name for name, tensor in state.items() if not tensor.is_floating_point())
+    if odd:
+        raise CheckpointError(f"{file} holds {odd[0]} as {state[odd[0]].dtype}, no real numbers", "get the file again")
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     wrong = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
     for names, problem in ((missing, "is missing"), (extra, "is not part of the network"), (wrong, "")):
@@ -129,10 +150,3 @@ def check_fit(network: nn.Module, state: dict[str, Tensor], file: str) -> None:
             raise CheckpointError(
                 f"{file} does not fit its own description: {names[0]} {problem}{more}", "get the file again"
             )
-
-
-def guess(card: ModelCard, notes: Iterable[str]) -> ModelCard:
-    """The card with more notes."""
-    from dataclasses import replace
-
-    return replace(card, notes=(*card.notes, *notes))

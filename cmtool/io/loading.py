@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cmtool.errors import CheckpointError
+from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import FlowMap, Role
     from cmtool.io.imported import Imported
 
+ROLES = ("denoiser", "consistency", "flow_map")
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # how torch's files began before they were archives
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}  # as safetensors writes them
 FORMATS = {
     "cmtool": "cmtool",
@@ -69,6 +71,9 @@ def read(
     """
     from cmtool.io import origins
 
+    for asked in (role, assume):
+        if asked not in (None, *ROLES):
+            raise UsageError(f"there is no role {asked!r}", f"one of {', '.join(ROLES)}")
     located = origins.resolve(source, progress=progress)
     imported = _read(located.path, role, assume)
     return imported if located.released is None else _as_released(imported, located)
@@ -126,13 +131,16 @@ def sniff(path: Path) -> str:
         CheckpointError: nothing that is known, or nothing at all.
     """
     if path.is_dir():
-        from cmtool.io.importers import diffusers
+        if not (path / checkpoint.MODEL_FILE).is_file():
+            from cmtool.io.importers import diffusers
 
-        if not (path / checkpoint.MODEL_FILE).is_file() and diffusers.looks_like(path):
-            return "diffusers"
+            if diffusers.looks_like(path):
+                return "diffusers"
         checkpoint.locate(path)  # or says what is missing
         return "cmtool"
     checkpoint.locate(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a file nor a folder", "name a run folder or a file")
     try:
         with path.open("rb") as file:
             start = file.read(512)
@@ -140,9 +148,7 @@ def sniff(path: Path) -> str:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}", "check the path and its permissions"
         ) from error
-    from cmtool.io.torchfile import LEGACY
-
-    if start.startswith((b"PK\x03\x04", LEGACY)):
+    if start.startswith((b"PK\x03\x04", _LEGACY)):
         return "torch"
     if len(start) > 1 and start[0] == 0x80 and start[1] <= 5:
         return "pickle"
@@ -183,11 +189,12 @@ def describe(
     *,
     role: Role | None = None,
     progress: Callable[[int, int | None], None] | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Imported | None]:
     """What a model file says of itself, as plain values; cmtool's own without reading weights or importing torch.
 
     Returns:
-        `{"file", "format", "version", "network", "path", "parameterization", "card", "parameters", "bytes", "dtypes"}`.
+        `{"file", "format", "version", "network", "path", "parameterization", "card", "parameters", "bytes", "dtypes"}`,
+        and what was read for it, of a format that does not say all of itself.
     Raises:
         CheckpointError: as `load`.
     """
@@ -196,13 +203,13 @@ def describe(
     located = origins.resolve(source, progress=progress)
     if sniff(located.path) == "cmtool":
         told = checkpoint.header(located.path)
-        return told | {"format": "cmtool", "dtypes": [_DTYPES.get(name, name) for name in told["dtypes"]]}
+        return told | {"format": "cmtool", "dtypes": [_DTYPES.get(name, name) for name in told["dtypes"]]}, None
 
     from cmtool import spec
 
     imported = read(source, role=role, assume="denoiser")
     tensors = list(imported.state.values())
-    return {
+    told = {
         "file": str(located.path),
         "format": imported.format,
         "version": "",
@@ -214,6 +221,7 @@ def describe(
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
         "bytes": _size(located.path),
     }
+    return told, imported
 
 
 def time_input(parameterization: Mapping[str, Any]) -> str:

@@ -153,7 +153,7 @@ def _from_address(text: str, offline: bool, progress: Progress | None) -> Locate
         file = folder() / released.file
     else:
         file = folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / _file_name(url)
-    _ensure(url, file, released, _shown(url), offline, progress)
+    _ensure(url, file, released, shown(url), offline, progress)
     return Located(file, released, text)
 
 
@@ -173,7 +173,7 @@ def _checked(text: str) -> str:
         raise CheckpointError(f"{text!r} is no address of a file", "write https://host/path/file") from error
     if parts.scheme != "https" and not (parts.scheme == "http" and _loopback(host)):
         raise CheckpointError(
-            f"{_shown(text)} cannot be downloaded: only https can be trusted",
+            f"{shown(text)} cannot be downloaded: only https can be trusted",
             "use an https address, or download the file and give its path",
         )
     if parts.username is not None or parts.password is not None:
@@ -192,7 +192,7 @@ def _loopback(host: str) -> bool:
     return host == "localhost"
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """An address for messages and records: a query may hold a key."""
     parts = urlsplit(url)
     return SplitResult(parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", "").geturl()
@@ -214,7 +214,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             url = _checked(newurl)
             if urlsplit(req.full_url).scheme == "https" and urlsplit(url).scheme != "https":
                 raise CheckpointError(
-                    f"{_shown(req.full_url)} leads to {_shown(url)}, away from https",
+                    f"{shown(req.full_url)} leads to {shown(url)}, away from https",
                     "download the file and give its path",
                 )
         except CheckpointError:
@@ -411,13 +411,13 @@ def _download(url: str, file: Path, released: Released | None, name: str, progre
         _forget(part)
         raise CheckpointError(
             f"{name} was downloaded, but is not the right file: SHA-256 {sha256} expected, found {found}",
-            f"try again; if {_shown(url)} has changed for good, delete {_record_file(file)} or give the path of a file",
+            f"try again; if {shown(url)} has changed for good, delete {_record_file(file)} or give the path of a file",
         )
     with part.open("rb+") as stream:
         os.fsync(stream.fileno())
     os.replace(part, file)
     _forget(part)
-    _write_record(file, _shown(url), found)
+    _write_record(file, shown(url), found)
 
 
 def _continue(url: str, part: Path, size: int | None, name: str, file: Path, progress: Progress | None) -> None:
@@ -430,7 +430,7 @@ def _continue(url: str, part: Path, size: int | None, name: str, file: Path, pro
     have = part.stat().st_size if part.exists() else 0
     # Only a strong tag, or a date, says that the rest will be the rest of the same file.
     same = _text(state, "etag") or _text(state, "last_modified")
-    if not have or not same or state.get("url") != _shown(url):
+    if not have or not same or state.get("url") != shown(url):
         have = 0
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -461,7 +461,7 @@ def _continue(url: str, part: Path, size: int | None, name: str, file: Path, pro
             _refused(response.status, name, file)
         if size is not None and total is not None and total != size:
             raise CheckpointError(
-                f"{_shown(url)} has {total:,} bytes, and {name} should have {size:,}",
+                f"{shown(url)} has {total:,} bytes, and {name} should have {size:,}",
                 f"the file there has changed: put the right one into {file.parent} as {file.name}, or give its path",
             )
         free = shutil.disk_usage(part.parent).free + (part.stat().st_size if part.exists() and not have else 0)
@@ -516,7 +516,7 @@ def _receive(
 def _validators(url: str, headers: Message) -> dict[str, str]:
     tag = headers.get("ETag", "")
     strong = "" if tag.startswith("W/") else tag
-    return {"url": _shown(url), "etag": strong, "last_modified": headers.get("Last-Modified", "")}
+    return {"url": shown(url), "etag": strong, "last_modified": headers.get("Last-Modified", "")}
 
 
 def _text(state: Mapping[str, Any], key: str) -> str:

@@ -1,4 +1,4 @@
-"""Pickles of NVlabs' networks (EDM, EDM2 and what builds on their code), read without running anything in them.
+"""Pickles with weights, NVlabs' (EDM, EDM2 and what builds on them) and torch's, without running anything in them.
 
 A pickle is a program for a small stack machine, and Python's own machine imports and calls whatever it is told to. This
 one is a machine without those instructions: a name is looked up in a table that is written down below, and what is not
@@ -90,7 +90,7 @@ def read(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Machine(_Source(str(path), file, data, len(data)), 0, len(data), SERVED).run()
+            return Machine(Source(str(path), file, data, len(data)), 0, len(data), SERVED).run()
     except CheckpointError:
         raise
     except OSError as error:
@@ -102,7 +102,7 @@ def read(path: Path) -> Any:
 
 
 @dataclass
-class _Source:
+class Source:
     """The file, and how much of it and of our patience has been used."""
 
     file: str
@@ -112,8 +112,8 @@ class _Source:
     steps: int = 0
     taken: int = 0
 
-    def step(self) -> None:
-        self.steps += 1
+    def step(self, count: int = 1) -> None:
+        self.steps += count
         if self.steps > MAX_STEPS:
             raise CheckpointError(f"{self.file} is far too long a pickle for a network", "get the file again")
 
@@ -135,11 +135,23 @@ class _Source:
         return self.data[where.start : where.start + where.length]
 
 
-class _Machine:
-    """The stack machine between two places of the file. Its methods have the names of the instructions they do."""
+class Machine:
+    """The stack machine between two places of the file. Its methods have the names of the instructions they do.
 
-    def __init__(self, source: _Source, start: int, end: int, served: dict[tuple[str, str], Served]) -> None:
-        self.source, self.at, self.end, self.served = source, start, end, served
+    Args:
+        served: the names that the pickle may ask for.
+        outside: what the pickle's names of storages outside of itself stand for; None refuses them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        start: int,
+        end: int,
+        served: dict[tuple[str, str], Served],
+        outside: Callable[[Storage], Any] | None = None,
+    ) -> None:
+        self.source, self.at, self.end, self.served, self.outside = source, start, end, served, outside
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -394,16 +406,21 @@ class _Machine:
 
     def do_binpersid(self) -> None:
         """A name for something outside the pickle: in a storage of torch's, the numbers that follow."""
-        if self.served is not WITHIN_STORAGES:
+        if self.outside is None:
             raise self.refusal("points at something outside of itself")
-        kind, dtype, key, _, count, view = self.stack.pop()
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str) or view is not None:
+        kind, dtype, key, _, count, *view = self.stack.pop()
+        if (
+            kind != "storage"
+            or not isinstance(dtype, torch.dtype)
+            or not isinstance(key, str)
+            or view not in ([], [None])
+        ):
             raise ValueError("this is no storage")
-        self.stack.append(_Storage(dtype, key, _size(count)))
+        self.stack.append(self.outside(Storage(dtype, key, _size(count))))
 
 
 @dataclass(frozen=True)
-class _Storage:
+class Storage:
     """What torch says of the numbers that follow."""
 
     dtype: torch.dtype
@@ -442,7 +459,7 @@ def _size(value: Any) -> int:
 # What stands in for the functions and classes that such files name.
 
 
-def _persistent(machine: _Machine, meta: dict[str, Any]) -> Record:
+def _persistent(machine: Machine, meta: dict[str, Any]) -> Record:
     """An object of a class that came with its source code, which is left where it is."""
     name, state = meta["class_name"], meta["state"]
     if meta["type"] != "class" or not isinstance(name, str) or not isinstance(state, (dict, type(None))):
@@ -450,7 +467,7 @@ def _persistent(machine: _Machine, meta: dict[str, Any]) -> Record:
     return Record(name, {} if state is None else state)
 
 
-def _method(machine: _Machine, owner: Record, name: str) -> _Inert:
+def _method(machine: Machine, owner: Record, name: str) -> _Inert:
     """A method that an object keeps as an attribute (ECT's loss does), which pickle writes as a call of getattr.
 
     Nothing is looked up, and what is returned can do nothing.
@@ -461,21 +478,22 @@ def _method(machine: _Machine, owner: Record, name: str) -> _Inert:
 
 
 def _container(kind: type) -> Callable[..., Any]:
-    def make(machine: _Machine, items: Any = ()) -> Any:
+    def make(machine: Machine, items: Any = ()) -> Any:
         if not isinstance(items, (list, tuple)) or (kind is dict and items):
             raise TypeError("this is made of a list")
+        machine.source.step(len(items))  # one list may be named again and again
         return kind(map(_key, items))
 
     return make
 
 
-def _storage(machine: _Machine, data: Bytes) -> Tensor:
+def _storage(machine: Machine, data: Bytes) -> Tensor:
     """The numbers of a storage, flat: a file of torch's old format, five pickles and then the numbers."""
-    inner = _Machine(machine.source, data.start, data.start + data.length, WITHIN_STORAGES)
+    inner = Machine(machine.source, data.start, data.start + data.length, STORAGE_TYPES, lambda storage: storage)
     magic, version, system, storage, keys = (inner.run() for _ in range(5))
     if (magic, version) != (TORCH_MAGIC, TORCH_VERSION) or system["little_endian"] is not True:
         raise ValueError("these bytes are not torch's")
-    if not isinstance(storage, _Storage) or keys != [storage.key] or inner.whole(8) != storage.count:
+    if not isinstance(storage, Storage) or keys != [storage.key] or inner.whole(8) != storage.count:
         raise ValueError("this is no single storage")
     if storage.count * storage.dtype.itemsize != inner.end - inner.at:
         raise ValueError("the storage is not as long as it says")
@@ -483,7 +501,7 @@ def _storage(machine: _Machine, data: Bytes) -> Tensor:
 
 
 def _tensor(
-    machine: _Machine, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+    machine: Machine, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
 ) -> Tensor:
     """A window on a storage, inside it and with no more entries than it has."""
     if not isinstance(storage, Tensor) or storage.ndim != 1 or len(size) > MAX_DIMENSIONS or len(size) != len(stride):
@@ -496,26 +514,26 @@ def _tensor(
     return storage.as_strided(size, stride, offset) if count else storage.new_empty(size)
 
 
-def _parameter(machine: _Machine, tensor: Tensor, *_: Any) -> Tensor:
+def _parameter(machine: Machine, tensor: Tensor, *_: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError("this is no tensor")
     return tensor
 
 
-def _number_type(machine: _Machine, name: str, *_: Any) -> _Number:
+def _number_type(machine: Machine, name: str, *_: Any) -> _Number:
     return _Number(NUMPY_NUMBERS[name])
 
 
-def _scalar(machine: _Machine, kind: _Number, data: Bytes) -> float:
+def _scalar(machine: Machine, kind: _Number, data: Bytes) -> float:
     value: float = struct.unpack(kind.format, machine.source.bytes(data))[0]
     return value
 
 
-def _inert(machine: _Machine, *_: Any) -> _Inert:
+def _inert(machine: Machine, *_: Any) -> _Inert:
     return _Inert()
 
 
-def _first(machine: _Machine, value: Any, *_: Any) -> Any:
+def _first(machine: Machine, value: Any, *_: Any) -> Any:
     return value
 
 
@@ -545,14 +563,26 @@ SERVED: dict[tuple[str, str], Served] = {
         )
     },
 }
-WITHIN_STORAGES: dict[tuple[str, str], Served] = {
+STORAGE_TYPES: dict[tuple[str, str], Served] = {
     ("torch", name): Served(value=dtype) for name, dtype in STORAGES.items()
+}
+PLAIN_TENSORS: dict[tuple[str, str], Served] = {
+    **STORAGE_TYPES,
+    **{
+        name: SERVED[name]
+        for name in (
+            ("collections", "OrderedDict"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+            ("torch", "Size"),
+        )
+    },
 }
 
 NAMES = {ord(operation.code): operation.name for operation in pickletools.opcodes}
 STOP = ord(".")
-INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
-    code: getattr(_Machine, f"do_{name.lower()}")
+INSTRUCTIONS: dict[int, Callable[[Machine], None]] = {
+    code: getattr(Machine, f"do_{name.lower()}")
     for code, name in NAMES.items()
-    if hasattr(_Machine, f"do_{name.lower()}")
+    if hasattr(Machine, f"do_{name.lower()}")
 }

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cmtool import networks
@@ -328,9 +329,54 @@ def test_weights_that_do_not_fit_are_named(tmp_path, saved):
 
     def unlabelled(header):
         header["__metadata__"]["cmtool.model"]["network"]["num_classes"] = 0
+        header["__metadata__"]["cmtool.model"]["card"]["num_classes"] = 0
 
     with pytest.raises(CheckpointError, match=r"map_label\S* is not part"):
         checkpoint.load(rewritten(saved, tmp_path / "c.safetensors", unlabelled))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("resolution", 16, "resolution 16"),
+        ("channels", 1, "channels 1"),
+        ("num_classes", 5, "classes 5"),
+        ("grid_points", -5, "no grid"),
+        ("grid_points", 10**12, "no grid"),
+        ("times", {"2": [0.8, 80.0]}, "falling"),
+        ("times", {"1": []}, "falling"),
+        ("times", {"3": [80.0, 1.0]}, "falling"),
+    ],
+)
+def test_a_card_that_does_not_fit_its_network(tmp_path, saved, field, value, words):
+    def lie(header):
+        header["__metadata__"]["cmtool.model"]["card"][field] = value
+
+    with pytest.raises(CheckpointError, match=words):
+        checkpoint.load(rewritten(saved, tmp_path / "a.safetensors", lie))
+
+
+def test_whole_numbers_are_no_weights(tmp_path, saved):
+    from safetensors.torch import load_file
+
+    state = load_file(saved)
+    state["map_layer0.bias"] = state["map_layer0.bias"].to(torch.int32)
+    with safe_open(saved, "pt") as file:
+        metadata = file.metadata()
+    save_file(state, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(CheckpointError, match=r"map_layer0\.bias as torch\.int32"):
+        checkpoint.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shape", ['["aaaaaaaaaa", 300000000]', "[1e9]", "[-1]", f"[{10**400}, {10**400}]", "[1" + ",1" * 99 + "]"]
+)
+def test_a_shape_may_be_any_text(tmp_path, shape):
+    """Multiplied as it stands, the first would be three gigabytes of letters."""
+    text = f'{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,4]}}}}'.encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 4)
+    with pytest.raises(CheckpointError, match="not a complete safetensors"):
+        checkpoint.read_header(tmp_path / "a.safetensors")
 
 
 def test_unknown_components_are_named(tmp_path, saved):

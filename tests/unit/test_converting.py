@@ -11,7 +11,7 @@ import torch
 
 import cmtool
 from cmtool.errors import CheckpointError, ConfigError, UsageError
-from cmtool.flow import EDM, VE, BoundaryEDM, Linear, LogRatio, Velocity
+from cmtool.flow import EDM, VE, VP, BoundaryEDM, Epsilon, Linear, LogRatio, Velocity
 from cmtool.io import checkpoint, checks, converting
 from cmtool.io.exporters import onnx, openai
 from cmtool.networks import ADMConfig, DDPMppConfig, MLPConfig
@@ -100,6 +100,15 @@ def test_onnx_is_the_same_map_for_any_batch(config, role, path, form, tmp_path):
     assert float(told["cmtool.t_max"]) == path.t_max
     assert json.loads(told["cmtool.times"]) == {"2": [80.0, 0.5]}
     assert told["cmtool.licence"] == "MIT"
+
+
+def test_onnx_of_discrete_steps(tmp_path):
+    """alpha is 0.006 at the last step of DDPM: a runtime's sigmoid is not exact enough for it."""
+    pytest.importorskip("onnxruntime")
+    made = models.model("denoiser", MLPConfig(), VP(), Epsilon(time_input=LogRatio()))
+    checkpoint.save(made, tmp_path / "m.safetensors")
+    done = cmtool.convert(tmp_path / "m.safetensors", tmp_path / "m.onnx")
+    assert done.difference <= 2e-5 * done.scale
 
 
 def test_onnx_knows_labels_only_where_the_model_does(tmp_path):
@@ -216,8 +225,14 @@ def test_nothing_is_replaced_unasked(student, tmp_path):
     (folder / "keep.txt").write_text("precious")
     with pytest.raises(UsageError, match="exists already"):
         cmtool.convert(student, folder, "diffusers")
+    with pytest.raises(UsageError, match="more than a pipeline"):  # a folder may hold anything: a run, a thesis
+        cmtool.convert(student, folder, "diffusers", overwrite=True)
+    (folder / "keep.txt").unlink()
+    cmtool.convert(student, folder, "diffusers")
+    (folder / "README.md").write_text("old")
     cmtool.convert(student, folder, "diffusers", overwrite=True)
     assert (folder / "model_index.json").exists()
+    assert (folder / "README.md").read_text() != "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.safetensors"]
 
 

@@ -13,7 +13,7 @@ import cmtool
 from cmtool import rng
 from cmtool.editing import AvgPool, Luma, Mask
 from cmtool.errors import DataError, UsageError
-from cmtool.flow import EDM, VE, BoundaryEDM, Linear, Trig, Velocity
+from cmtool.flow import EDM, VE, VP, BoundaryEDM, Linear, ModelCard, Trig, Velocity
 from cmtool.generate import colorize, edit, edit_times, generate, inpaint, labels_for, sample, superres
 from cmtool.sampler import default_times
 from cmtool.sampler import sample as run_sampler
@@ -515,3 +515,28 @@ def test_impossible_edits(call, error, words):
 def test_the_public_names_are_these():
     assert cmtool.sample is sample
     assert (cmtool.inpaint, cmtool.colorize, cmtool.superres) == (inpaint, colorize, superres)
+
+
+# A discrete schedule: no time of its path is free of noise, so the last call denoises.
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm2", "ddim", "ancestral"])
+def test_solvers_end_on_clean_images_of_discrete_steps(solver):
+    """Gaussian images: their mean and spread, from noise at the last of 1,000 steps to an estimate at the first."""
+    oracle = GaussianOracle(VP(), 0.3, 0.25)
+    oracle.card = ModelCard("denoiser", 1, 1, grid_rho=1.0)
+    parts = list(generate(oracle, range(2000), steps=100, solver=solver, clip=False, batch=2000))
+    assert float(parts[0].images.mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(parts[0].images.std()) == pytest.approx(0.25, abs=0.05 if solver == "ancestral" else 0.03)
+    calls = {"heun": 198, "dpm2": 199}.get(solver, 100)  # the step to t = 0 is one of Euler
+    assert parts[0].nfe == calls
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "ancestral"])
+def test_one_step_of_discrete_steps_is_one_estimate(solver):
+    oracle = GaussianOracle(VP(), 0.3, 0.25)
+    oracle.card = ModelCard("denoiser", 1, 1, grid_rho=1.0)
+    (made,) = generate(oracle, range(5), steps=1, solver=solver, clip=False)
+    assert made.nfe == 1
+    x = oracle.path.sigma(torch.tensor(999.0)) * rng.noise(range(5), (1, 1, 1))
+    torch.testing.assert_close(made.images, oracle.denoised(x, torch.full((5,), 999.0)).clamp(-1, 1))

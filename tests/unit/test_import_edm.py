@@ -117,7 +117,8 @@ def test_dropout_is_what_the_training_used(file):
 def test_the_loader_knows_the_format(file):
     model = loading.load(written(file, theirs(MICRO), **TOLD), role="denoiser")
     assert model.card.role == "denoiser"
-    assert loading.describe(file)["format"] == "edm"
+    told, imported = loading.describe(file)
+    assert told["format"] == imported.format == "edm"
 
 
 def test_the_card(file):
@@ -523,9 +524,15 @@ VARIANTS = {
     "second_stem": ({"model.enc.16x16_conv.weight": torch.ones(8, 3, 3, 3)}, "no single first convolution"),
     "odd_level": ({"model.enc.5x5_block0.norm0.weight": torch.ones(8)}, "do not halve the resolution 8"),
     "filter": ({"model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 2, 2)}, "resampling filter"),
-    "long_filter": ({"model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 40, 40)}, "40 taps"),
+    "long_filter": (
+        {"model.enc.4x4_down.conv0.resample_filter": torch.ones(1, 1, 40, 40)},
+        "no size that goes together",
+    ),
     "one_other_filter": ({"model.dec.8x8_up.skip.resample_filter": torch.ones(1, 1, 4, 4) / 16}, "resampling filter"),
-    "integers": ({"model.map_layer0.weight": torch.ones(32, 8, dtype=torch.int64)}, "torch.int64, not real numbers"),
+    "integers": (
+        {"model.map_layer0.weight": torch.ones(32, 8, dtype=torch.int64)},
+        "no array of real numbers but torch",
+    ),
     "booleans": ({"model.map_layer0.weight": torch.ones(32, 8, dtype=torch.bool)}, "torch.bool"),
     "flat": ({"model.map_layer0.weight": torch.ones(256)}, "map_layer0.weight has shape"),
     "other_width": ({"model.map_layer0.weight": torch.ones(33, 8)}, "33 channels is no multiple of 8"),

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import cmtool
 from cmtool import networks
-from cmtool.errors import CheckpointError
+from cmtool.errors import CheckpointError, UsageError
 from cmtool.flow import EDM, VE, Epsilon, FlowMap, LogRatio, ModelCard
 from cmtool.io import checkpoint, loading, torchfile
 from cmtool.networks import ADMConfig
@@ -153,7 +153,26 @@ def stretched() -> bytes:
     return saved({"input_blocks.0.0.weight": torch.zeros(1).as_strided((10**6, 10**6), (0, 0))})
 
 
+def archive(program: bytes) -> bytes:
+    """torch's archive around any pickle."""
+    return zipped(**{"x__data.pkl": program, "x__version": b"3"})
+
+
+DEEP = b"\x80\x02}(" + b")" + b"\x85" * 300_000 + b"K\x01u."  # as a key: its hash goes down 300,000 calls
+SHARED = b"\x80\x02}()" + b"".join(b"q%ch%c\x86" % (n, n) for n in range(60)) + b"K\x01u."  # ... or takes 2^60 steps
+
+
+def hidden() -> bytes:
+    """A compressed archive that Python's reader no longer takes for one."""
+    return bomb() + b"PK\x05\x06"
+
+
 HOSTILE = {
+    "a deep key": (archive(DEEP), "cannot be read"),
+    "a key of shared parts": (archive(SHARED), "cannot be read"),
+    "a deep key, old": (loading._LEGACY + b"." + b"\x80\x02M\xe9\x03." + DEEP, ""),
+    "a hidden bomb": (hidden(), ""),
+    "two ends": (bomb() + zipped(**{"x__data.pkl": b"\x80\x02}."}), ""),
     "empty": (b"", "is empty"),
     "one byte": (b"\x80", ""),
     "text": (b"hello world, this is no model at all", "no file of weights"),
@@ -166,15 +185,15 @@ HOSTILE = {
     "another archive": (zipped(hello=b"world"), "data.pkl"),
     "no end": (saved({"a": torch.zeros(9)})[:-200], ""),
     "compressed bomb": (bomb(), "compressed"),
-    "os.system": (saved({"a": Evil()}), "Python objects"),
-    "os.system, old": (None, "Python objects"),
+    "os.system": (saved({"a": Evil()}), "asks for"),
+    "os.system, old": (None, "asks for"),
     "a list": (saved([torch.zeros(3)]), "not the tensors"),
     "nothing": (saved({}), "not the tensors"),
     "a training state": (saved({"model": {"a": torch.zeros(1)}, "step": 3}), "no plain state dict"),
     "numbers as names": (saved({1: torch.zeros(1)}), "no plain state dict"),
-    "complex": (saved({"a": torch.zeros(2, dtype=torch.complex64)}), "no array"),
+    "complex": (saved({"a": torch.zeros(2, dtype=torch.complex64)}), "asks for"),
     "sparse": (saved({"a": torch.eye(3).to_sparse()}), ""),
-    "stretched": (stretched(), "more numbers than are there"),
+    "stretched": (stretched(), "cannot be read"),
     "unknown network": (saved({"conv1.weight": torch.zeros(3), "fc.bias": torch.zeros(2)}), "does not know"),
     "diffusers weights": (saved({"down_blocks.0.resnets.0.conv1.weight": torch.zeros(3)}), "without its config"),
     "lying safetensors": (lying(10**12), ""),
@@ -235,6 +254,22 @@ def test_a_file_that_is_cut_off(file, cut):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(CheckpointError, match="is no run"):
         cmtool.load(tmp_path)
+
+
+def test_what_is_neither_a_file_nor_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        cmtool.load(tmp_path / "pipe.pt")
+    (tmp_path / "endless").mkdir()
+    (tmp_path / "endless" / "config.json").symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match="endless"):
+        cmtool.load(tmp_path / "endless")
+
+
+@pytest.mark.parametrize("role", ["king", ""])
+def test_a_role_that_there_is_not(role, file):
+    with pytest.raises(UsageError, match="no role"):
+        cmtool.load(file, role=role)
 
 
 def test_a_file_that_may_not_be_read(file, monkeypatch):

@@ -124,7 +124,7 @@ def read(folder: Path, role: Role | None = None, assume: Role | None = None) -> 
         source=f"diffusers, {name}",
         notes=tuple(notes),
     )
-    return Imported(adm or config, told.path, told.form, card, state, "diffusers", str(folder), {})
+    return Imported(adm or config, told.path, told.form, card, state, "diffusers", str(folder))
 
 
 # --- what the scheduler says ------------------------------------------------------------------------------------------
@@ -663,9 +663,13 @@ def _json(path: Path) -> dict[str, Any]:
         CheckpointError: a file that is none.
     """
     try:
-        if path.stat().st_size > MAX_JSON:
+        if not path.is_file():  # nor a device without an end
+            raise CheckpointError(f"there is no file {path}", "get the folder again")
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
             raise CheckpointError(f"{path} is too long for a config", "get the file again")
-        value = json.loads(path.read_bytes())
+        value = json.loads(content)
     except OSError as error:
         raise CheckpointError(
             f"cannot read {path}: {error.strerror or error}", "check the path and its permissions"

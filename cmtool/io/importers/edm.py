@@ -214,6 +214,7 @@ def flatten(record: Record, file: str) -> dict[str, Tensor]:
         left -= 1
         if left < 0 or depth > MAX_DEPTH or not isinstance(module, Record):
             raise ValueError("this is no module")
+        left -= len(_part(module, "_parameters", dict)) + len(_part(module, "_buffers", dict))
         hidden = _part(module, "_non_persistent_buffers_set", set)
         for name, tensor in [*_part(module, "_parameters", dict).items(), *_part(module, "_buffers", dict).items()]:
             if tensor is None or name in hidden:
@@ -353,9 +354,9 @@ def take_filters(state: dict[str, Tensor]) -> tuple[int, ...]:
     filters = [state.pop(name).float() for name in list(state) if name.endswith(".resample_filter")]
     if not filters:
         return (1, 1)  # of a network with a single level
-    side = filters[0].shape[-1]
-    if side > 16:
-        raise ValueError(f"its resampling filter has {side} taps")
+    side = filters[0].shape[-1] if filters[0].ndim else 0
+    if not 1 <= side <= 16 or any(found.numel() != side**2 for found in filters):
+        raise ValueError("its resampling filters have no size that goes together")
     sums = filters[0].reshape(side, side).sum(1)
     taps = (sums / sums.min()).round() if bool(sums.min() > 0) else sums
     expected = torch.outer(taps, taps) / taps.sum() ** 2

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, count
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from cmtool.flow.flow_map import ModelCard, Role
 from cmtool.flow.parameterization import EDM, BoundaryEDM, LogRatio
 from cmtool.flow.path import VE
 from cmtool.io import msgpack
+from cmtool.io.catalogue import RELEASED
 from cmtool.io.imported import Imported, other_role
 from cmtool.networks.configs import DDPMppConfig, level_resolutions, ncsnpp_cifar10
 from cmtool.times import Karras
@@ -56,9 +57,9 @@ def read(path: Path, role: Role | None = None, assume: Role | None = None) -> Im
     params = Params(_averaged(state, file), file)
     config, notes = infer(params)
     told, method = told_by_name(path)
-    if told is not None and role not in (None, told):
+    if told is not None and role not in (None, told) and _is_released(path):
         raise other_role(file, told, role)
-    found = told or role or assume
+    found = role or told or assume
     if found is None:
         raise CheckpointError(
             f"{file} does not tell whether it is a diffusion or a consistency model, nor does its name",
@@ -88,13 +89,19 @@ def read(path: Path, role: Role | None = None, assume: Role | None = None) -> Im
     return Imported(config, noising, form, card, weights(params, config), "jax", file)
 
 
+def _is_released(path: Path) -> bool:
+    """Whether the file, or one of the two folders around it, is called like a released one."""
+    runs = {PurePath(entry.file).name.split("-checkpoint_")[0] for entry in RELEASED.values() if entry.family == "jcm"}
+    return any(name.lower().split("-checkpoint_")[0] in runs for name in path.absolute().parts[:-4:-1])
+
+
 def told_by_name(path: Path) -> tuple[Role | None, str]:
     """The role that the name of the file, or else of one of the two folders around it, tells, and the method."""
     for name in path.absolute().parts[:-4:-1]:
         words = set(re.split(r"[^a-z0-9]+", name.lower()))
         student = next((word for word in ("cd", "ct", "continuous") if word in words), "")
         if student and "edm" not in words:
-            return "consistency", student
+            return "consistency", "continuous" if "continuous" in words else student
         if "edm" in words and not student:
             return "denoiser", "edm"
     return None, ""

@@ -42,9 +42,9 @@ def read(state: dict[str, Tensor], file: str, role: Role | None = None, assume: 
     known = _released(name)
     method = METHOD.search(name.lower())
     told: Role | None = None if method is None else "denoiser" if method[1] == "edm" else "consistency"
-    if told is not None and role not in (None, told):
-        raise other_role(file, told, role)
-    found = told or role or assume
+    if known is not None and role not in (None, known.role):
+        raise other_role(file, known.role, role)
+    found = role or told or assume
     if found is None:
         raise CheckpointError(
             f"{file} holds an ADM network, and its name does not tell whether it is a diffusion or a consistency model",
@@ -53,7 +53,9 @@ def read(state: dict[str, Tensor], file: str, role: Role | None = None, assume: 
     if found == "flow_map":
         raise other_role(file, "consistency", found)
     config, notes = infer(state, file)
-    if told is None and role is None:
+    if role is None and known is None and method is not None:
+        notes.append(f"that it is a {found} is what its name says ({method[0]}...); --role says otherwise")
+    elif told is None and role is None:
         notes.append(f"that it is a {found} is a guess: neither the weights nor the file's name tell it (--role does)")
     told_time = LogRatio(250.0)
     card = ModelCard(
@@ -152,10 +154,7 @@ def _up(state: Mapping[str, Tensor], block: int) -> str | None:
 
 
 def _resolution(file: str, channels: int, mult: tuple[int, ...], attention: list[int], notes: list[str]) -> int:
-    """The released networks' own, else what the file's name tells, else attention from 32x32 down."""
-    released = RELEASED_SHAPES.get((channels, mult))
-    if released is not None:
-        return released
+    """What the file's name tells, else the released networks' own, else attention from 32x32 down."""
     step = 2 ** (len(mult) - 1)
     name = PurePath(file).name.lower()
     told = [int(number) for number in re.findall(r"(?<!\d)(\d{1,4})x\1(?!\d)", name)]
@@ -164,6 +163,9 @@ def _resolution(file: str, channels: int, mult: tuple[int, ...], attention: list
     for number in told:
         if number >= step and number % step == 0:
             return number
+    released = RELEASED_SHAPES.get((channels, mult))
+    if released is not None:
+        return released
     guess = 32 * 2 ** attention[0] if attention else 8 * step
     guess = max(guess, step)
     notes.append(

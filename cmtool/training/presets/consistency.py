@@ -34,7 +34,7 @@ def cd(shape: Shape) -> Recipe:
             p.Teacher(grid=p.KarrasGrid(rho)),
             p.Adjacent(p.KarrasGrid(rho), p.Constant(18)),
             p.L2(),
-            p.KarrasWeight(),
+            shape.balance(p.KarrasWeight()),
             p.Online(),
         ),
         shape.small(),
@@ -60,14 +60,19 @@ def ct(shape: Shape) -> Recipe:
     """
     from cmtool.training import parts as p
 
+    path = shape.path or p.VE()
     return p.Recipe(
         "ct",
         "consistency",
         p.Consistency(
-            p.Data(), p.Adjacent(curriculum=p.Progressive(s0=2, s1=9)), p.L2(), p.KarrasWeight(), p.AdaptiveAverage(0.1)
+            p.Data(),
+            p.Adjacent(p.KarrasGrid(path.rho), p.Progressive(s0=2, s1=9)),
+            p.L2(),
+            shape.balance(p.KarrasWeight()),
+            p.AdaptiveAverage(0.1),
         ),
         shape.small(),
-        path=shape.path or p.VE(),
+        path=path,
         parameterization=shape.form(p.BoundaryEDM()),
         **brief(),
     )
@@ -86,18 +91,19 @@ def ict(shape: Shape) -> Recipe:
     """
     from cmtool.training import parts as p
 
+    path = shape.path or p.VE()
     return p.Recipe(
         "ict",
         "consistency",
         p.Consistency(
             p.Data(),
-            p.Adjacent(p.KarrasGrid(), p.Doubling(s0=4, s1=32), p.LogNormalIndex(-1.1, 2.0)),
+            p.Adjacent(p.KarrasGrid(path.rho), p.Doubling(s0=4, s1=32), p.LogNormalIndex(-1.1, 2.0)),
             p.PseudoHuber(),
             p.InverseGap(),
             p.Online(),
         ),
         shape.small(),
-        path=shape.path or p.VE(),
+        path=path,
         parameterization=shape.form(p.BoundaryEDM()),
         **brief(),
     )

@@ -118,12 +118,14 @@ def ct_continuous(shape: Shape) -> Recipe:
     """
     from cmtool.training import parts as p
 
+    path = shape.path or p.VE()
+    times = p.Tangential(p.RhoUniform(p.KarrasGrid(path.rho)))
     return p.Recipe(
         "ct-continuous",
         "consistency",
-        p.Continuous(p.Data(), p.Tangential(p.RhoUniform()), p.L2(), p.KarrasWeight(power=1.0), stop_gradient=True),
+        p.Continuous(p.Data(), times, p.L2(), p.KarrasWeight(power=1.0), stop_gradient=True),
         shape.small(),
-        path=shape.path or p.VE(),
+        path=path,
         parameterization=shape.form(p.BoundaryEDM()),
         **brief(optimizer=slower(1e-4)),
     )

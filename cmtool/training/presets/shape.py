@@ -54,6 +54,16 @@ class Shape:
 
         return self.parameterization is not None and not isinstance(self.parameterization, p.EDM)
 
+    def balance(self, default: Any) -> Any:
+        """The weight under which errors of the raw output count alike at all levels: 1 / out^2 of its form.
+
+        `default` is that of Karras et al.'s parameterization.
+        """
+        from cmtool.training import parts as p
+
+        known = {p.Epsilon: p.SNR(), p.VPrediction: p.SNRPlusOne(), p.Sample: p.Uniform()}
+        return known.get(type(self.parameterization), default)
+
     @property
     def speaks_velocity(self) -> bool:
         """Whether the model to start from predicts a velocity of its own path."""
