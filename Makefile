@@ -46,8 +46,9 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 demo-short/student/model.safetensors:
 	$(MAKE) demo-short
 
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -337,10 +337,11 @@ def test_otherwise_they_are_spread_over_the_models_grid(path, grid_points):
 @paths
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_jumps_that_land_on_the_next_time_take_a_grid_of_their_own(path, steps):
-    model = models.model(path=path, grid_rho=path.rho, times={str(steps): (path.t_max,)})
+    told = tuple(path.t_max * (1 - 0.1 * step) for step in range(steps))
+    model = models.model(path=path, grid_rho=path.rho, times={str(steps): told})
     grid = Karras(path.rho).times(path, steps + 1)
     assert torch.equal(default_times(model, steps, "next"), grid[:-1])
-    assert default_times(model, steps, "t_min").tolist() == pytest.approx([path.t_max])
+    assert default_times(model, steps, "t_min").tolist() == pytest.approx(told)
 
 
 @paths
