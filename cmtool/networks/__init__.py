@@ -27,6 +27,7 @@ __all__ = [
     "UNet2DConfig",
     "build",
     "load_start",
+    "recompute",
     "restore_constants",
 ]
 
@@ -51,6 +52,19 @@ def build(config: Config) -> nn.Module:
         raise ValueError(f"{config!r} configures none of the networks {', '.join(NETWORKS)}")
     _, module, name = NETWORKS[config.kind]
     network: nn.Module = getattr(importlib.import_module(f"{__name__}.{module}"), name)(config)
+    return network
+
+
+def recompute(network: nn.Module, wanted: bool = True) -> nn.Module:
+    """Let the blocks of a network compute their inside again for the gradient instead of keeping it; returns it.
+
+    Activation checkpointing: the outputs of the blocks are kept, and the backward pass costs one more forward pass.
+    """
+    from cmtool.networks.layers import Recomputed
+
+    for module in network.modules():
+        if isinstance(module, Recomputed):
+            module.recompute = wanted
     return network
 
 

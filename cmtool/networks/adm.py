@@ -15,9 +15,9 @@ from cmtool.networks.layers import (
     GroupNorm,
     Linear,
     MapGap,
+    Recomputed,
     Resample,
     attend,
-    drop,
     look_up,
     noise_features,
     prepare,
@@ -126,7 +126,7 @@ class ADM(nn.Module):
         return x.contiguous()
 
 
-class ResBlock(nn.Module):
+class ResBlock(Recomputed):
     """Residual block: norm, SiLU, (resampling,) convolution, embedding, norm, SiLU, dropout, convolution."""
 
     def __init__(self, config: ADMConfig, width: int, out: int, *, up: bool = False, down: bool = False) -> None:
@@ -146,16 +146,17 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = self.in_layers["2"](h)
         emb = self.emb_layers["1"](emb)
+        dropout = self.dropout if self.training else 0.0
         if self.film:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers["0"](h, (scale, shift), silu=True)
+            h = self.out_layers["0"](h, (scale, shift), silu=True, dropout=dropout)
         else:
-            h = self.out_layers["0"](h + emb[:, :, None, None], silu=True)
-        h = self.out_layers["3"](drop(h, self.dropout if self.training else 0.0))
+            h = self.out_layers["0"](h, added=emb, silu=True, dropout=dropout)
+        h = self.out_layers["3"](h)
         return h + (x if self.skip_connection is None else self.skip_connection(x))
 
 
-class Attention(nn.Module):
+class Attention(Recomputed):
     """Residual self-attention over pixels."""
 
     def __init__(self, config: ADMConfig, width: int) -> None:

@@ -19,9 +19,9 @@ from cmtool.networks.layers import (
     GroupNorm,
     Linear,
     MapGap,
+    Recomputed,
     Resample,
     attend,
-    drop,
     look_up,
     noise_features,
     prepare,
@@ -152,7 +152,7 @@ class DDPMpp(nn.Module):
         return x.contiguous()
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Residual block with the embedding added after the first convolution, and attention after the second."""
 
     def __init__(
@@ -177,8 +177,8 @@ class Block(nn.Module):
         h = self.norm0(x, silu=True)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv0(h) + self.affine(emb)[:, :, None, None]
-        h = drop(self.norm1(h, silu=True), self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        h = self.norm1(self.conv0(h), added=self.affine(emb), silu=True, dropout=dropout)
         h = self.conv1(h, gain=HALF)
         x = torch.add(h, x, alpha=HALF) if self.skip is None else h + self.skip(x, gain=HALF)
         if self.attention:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import EDM2Config, level_resolutions
-from cmtool.networks.layers import MapGap, Resample, attend, drop, look_up, prepare
+from cmtool.networks.layers import MapGap, Recomputed, Resample, attend, drop, look_up, prepare
 
 EPS = 1e-4  # added to every magnitude that is divided by
 SILU = 0.596  # root mean square of SiLU of a standard normal number, equation 81
@@ -170,7 +170,7 @@ class MPConv(nn.Module):
         self.weight.copy_(self.weight / magnitude(self.weight, *self.inputs))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Residual block whose hidden layer the embedding scales, with optional self-attention.
 
     The encoder's blocks change the width before both branches and normalise every pixel there; the decoder's change it

@@ -1,27 +1,86 @@
 """Layers shared by the networks.
 
-Parameters stay in the type they are stored in and are cast to the type of the activations where they are used: the
-caller picks the compute type by the type of its input. On a CPU feature maps lie channels-last in memory, which is what
-makes low-precision convolutions fast there; shapes are always [B, C, H, W].
+Parameters stay in the type they are stored in and are cast to the type of the activations where they are used (once
+for as long as they do not change): the caller picks the compute type by the type of its input. On a CPU feature maps
+lie channels-last in memory, which is what makes low-precision convolutions fast there; shapes are always [B, C, H, W].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cmtool.networks import native
+
+
+class _Cast(torch.autograd.Function):
+    """A parameter times a gain, in another type: computed once for as long as the parameter does not change.
+
+    So a step casts each network once, however many passes and micro-batches it takes.
+    """
+
+    @staticmethod
+    def forward(parameter: Tensor, dtype: torch.dtype, gain: float) -> Tensor:
+        if parameter.is_inference():  # nobody counts its changes
+            return (parameter * gain).to(dtype)
+        kept = getattr(parameter, "_cast", None)  # an attribute of the tensor: it goes when the parameter goes
+        now = (parameter._version, parameter.data_ptr(), dtype, gain)
+        if kept is None or kept[0] != now:
+            with torch.inference_mode(False):  # the next pass may want a gradient
+                value = parameter.detach().to(dtype) if gain == 1 else (parameter.detach() * gain).to(dtype)
+            parameter._cast = kept = (now, value)  # type: ignore[attr-defined]
+        return kept[1].detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype, float], output: Tensor) -> None:
+        parameter, ctx.dtype, ctx.gain = inputs
+        ctx.own = parameter.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        grad = grad.to(ctx.own)
+        return grad if ctx.gain == 1 else grad * ctx.gain, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, change: Tensor, *_: None) -> Tensor:
+        return (change * ctx.gain).to(ctx.dtype)
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimizers change parameters without counting it, and `_Cast` would keep old values."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for parameter in group["params"]:
+                increment_version(parameter)
+
+
+register_optimizer_step_post_hook(_count_change)
+
+
+def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
+    """The parameter times `gain` (in its own type), in the type computed in."""
+    if parameter.dtype == dtype and gain == 1:
+        return parameter
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return (parameter * gain).to(dtype)
+    made: Tensor = _Cast.apply(parameter, dtype, gain)
+    return made
 
 
 class Linear(nn.Linear):
     """A linear layer that computes in the type of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        bias = None if self.bias is None else cast(self.bias, x.dtype)
+        return F.linear(x, cast(self.weight, x.dtype), bias)
 
 
 class Conv2d(nn.Conv2d):
@@ -32,11 +91,9 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """The convolution, times `gain` (applied to the weights: far fewer numbers than the output has)."""
-        weight, bias = self.weight, self.bias
-        assert bias is not None
-        if gain != 1:
-            weight, bias = weight * gain, bias * gain
-        return F.conv2d(x, weight.to(x.dtype), bias.to(x.dtype), stride=self.stride, padding=self.padding)
+        assert self.bias is not None
+        weight, bias = cast(self.weight, x.dtype, gain), cast(self.bias, x.dtype, gain)
+        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,105 +107,160 @@ class GroupNorm(nn.GroupNorm):
         groups = next(count for count in range(most, 0, -1) if channels % count == 0)
         super().__init__(groups, channels, eps=eps)
 
-    def forward(self, x: Tensor, film: tuple[Tensor, Tensor] | None = None, *, silu: bool = False) -> Tensor:
-        """The norm; then, with `film` = (scale, shift) [B, C] each, times 1 + scale plus shift; then SiLU if asked."""
+    def forward(
+        self,
+        x: Tensor,
+        film: tuple[Tensor, Tensor] | None = None,
+        *,
+        added: Tensor | None = None,
+        silu: bool = False,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """The norm of x, and what usually stands around it, in as few passes over memory as the device allows.
+
+        Args:
+            x: [B, C, H, W].
+            film: (scale, shift) [B, C] each: the norm times 1 + scale plus shift.
+            added: [B, C], added to x before.
+            silu: SiLU after all this.
+            dropout: the share of entries to drop at the end; see `drop`.
+        """
         weight, bias = self.weight.expand(x.shape[0], -1), self.bias.expand(x.shape[0], -1)
         if film is not None:
             scale, shift = film
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-        if x.device.type == "cpu" and not torch.compiler.is_exporting():
-            return _Normalise.apply(x, weight, bias, self.num_groups, self.eps, silu)[0]
-        return _normalise(x, weight, bias, self.num_groups, self.eps, silu)
+        keys = _keys(x) if dropout else None
+        how = native.Shape(self.num_groups, self.eps, silu, *_threshold(dropout))
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _Normalise.apply(x, added, weight, bias, keys, how)[0]
+        return _normalise(x, added, weight, bias, keys, how)
 
 
-def _normalise(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """Group norm with a weight and a bias [B, C] of each sample's own, then SiLU if asked."""
-    y = F.group_norm(x.contiguous(), groups, eps=eps)  # its forward-mode derivative fails on other layouts
-    y = torch.addcmul(bias.to(x.dtype)[:, :, None, None], y, weight.to(x.dtype)[:, :, None, None])
-    return F.silu(y) if silu else y
+def _normalise(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
+) -> Tensor:
+    """Group norm with a weight and a bias [B, C] of each sample's own, in torch's operations."""
+    if added is not None:
+        x = x + _pixels(added, x)
+    y = F.group_norm(x.contiguous(), how.groups, eps=how.eps)  # its forward-mode derivative fails on other layouts
+    y = torch.addcmul(_pixels(bias, x), y, _pixels(weight, x))
+    y = F.silu(y) if how.silu else y
+    return y if keys is None else y * _mask(y, keys, how)
 
 
 class _Normalise(torch.autograd.Function):
     """`_normalise` for channels-last tensors on a CPU, where torch's kernel is several times slower than a copy.
 
-    Sums over pixels, which are fast, do all the work: per sample and channel, out = silu(a x + c), and the gradient
-    is dx = a dz + c1 x + c0 with numbers that come from the sums of x, x^2, dz and dz x.
+    By `native` if that is to be had. Else sums over pixels, which are fast, do all the work: per sample and channel,
+    out = silu(a x + c), and the gradient is dx = a dz + c1 x + c0 with numbers that come from the sums of x, x^2, dz
+    and dz x. Nothing is kept for the backward pass but the input.
     """
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if native.usable(x):
+            return native.forward(x, added, weight, bias, keys, how)
+        if added is not None:
+            x = x + _pixels(added, x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = _group_mean(wide.mean((2, 3)), groups)
+        mean = _group_mean(wide.mean((2, 3)), how.groups)
         squares = wide.square() if wide is x else wide.square_()
-        variance = _group_mean(squares.mean((2, 3)), groups) - mean.square()
-        rstd = (variance.clamp_min(0) + eps).rsqrt()
-        factor = (weight * rstd).to(x.dtype)  # rounded before the mean is taken off: both see the same factor
-        y = torch.addcmul(_pixels(bias - mean * factor, x), x, _pixels(factor, x))
-        return (F.silu(y), y, mean, rstd) if silu else (y, y.new_empty(0), mean, rstd)
+        variance = _group_mean(squares.mean((2, 3)), how.groups) - mean.square()
+        rstd = (variance.clamp_min(0) + how.eps).rsqrt()
+        y = _affine(x, weight, bias, mean, rstd)
+        y = F.silu(y) if how.silu else y
+        return y if keys is None else y * _mask(y, keys, how), mean, rstd
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, weight, bias, ctx.groups, ctx.eps, ctx.silu = inputs
+        *tensors, ctx.how = inputs
         _, *rest = output
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, *rest)
-        ctx.save_for_forward(x, weight, bias)
+        ctx.save_for_backward(*tensors, *rest)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * 6
-        x, weight, bias, y, mean, rstd = ctx.saved_tensors
+        x, added, weight, bias, keys, mean, rstd = ctx.saved_tensors
+        how = ctx.how
         if torch.is_grad_enabled():  # a second derivative is wanted
-            project, hat, slope = _linearise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
+            project, hat, slope = _linearise(x, added, weight, bias, keys, how)
             grad = grad * slope
             dx = project(grad * weight[:, :, None, None])
-            return dx.to(x.dtype), (grad * hat).sum((2, 3)), grad.sum((2, 3)), None, None, None
-        if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, y)
+            d_added = None if added is None else dx.sum((2, 3))
+            return dx.to(x.dtype), d_added, (grad * hat).sum((2, 3)), grad.sum((2, 3)), None, None
+        if native.usable(x):
+            return *native.backward(grad, x, added, weight, bias, keys, mean, rstd, how), None, None
+        if added is not None:
+            x = x + _pixels(added, x)
+        if keys is not None:
+            grad = grad * _mask(x, keys, how)
+        if how.silu:
+            grad = torch.ops.aten.silu_backward(grad, _affine(x, weight, bias, mean, rstd))
         sum_grad = grad.sum((2, 3)).to(mean.dtype)  # accumulated wide, rounded once: enough for a gradient
         sum_hat = ((grad * x).sum((2, 3)) - mean * sum_grad) * rstd
         pixels = x.shape[2] * x.shape[3]
-        c1 = _group_mean(weight * sum_hat, ctx.groups) / -pixels * rstd.square()
-        c0 = _group_mean(weight * sum_grad, ctx.groups) / -pixels * rstd - mean * c1
+        c1 = _group_mean(weight * sum_hat, how.groups) / -pixels * rstd.square()
+        c0 = _group_mean(weight * sum_grad, how.groups) / -pixels * rstd - mean * c1
         dx = torch.addcmul(_pixels(c0, x), x, _pixels(c1, x)).addcmul_(grad, _pixels(weight * rstd, x))
-        return dx, sum_hat, sum_grad, None, None, None
+        return dx, None if added is None else dx.sum((2, 3)), sum_hat, sum_grad, None, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        project, hat, slope = _linearise(x, weight, bias, ctx.groups, ctx.eps, ctx.silu)
+    def jvp(
+        ctx: Any,
+        dx: Tensor | None,
+        d_added: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        *_: None,
+    ) -> Any:
+        x, added, weight, bias, keys = ctx.saved_tensors
+        project, hat, slope = _linearise(x, added, weight, bias, keys, ctx.how)
         change = torch.zeros_like(hat)
+        if d_added is not None:
+            d_added = d_added[:, :, None, None].expand_as(hat)
+            dx = d_added if dx is None else dx + d_added
         if dx is not None:
             change = change + weight[:, :, None, None] * project(dx.to(hat.dtype))
         if dweight is not None:
             change = change + dweight[:, :, None, None] * hat
         if dbias is not None:
             change = change + dbias[:, :, None, None]
-        return (change * slope).to(x.dtype), None, None, None
+        return (change * slope).to(x.dtype), None, None
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    factor = (weight * rstd).to(x.dtype)  # rounded before the mean is taken off: both see the same factor
+    return torch.addcmul(_pixels(bias - mean * factor, x), x, _pixels(factor, x))
 
 
 def _linearise(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """`_normalise` around x, in operations that can be differentiated again.
 
     Returns:
-        The derivative of the standardised x (a symmetric map), the standardised x, and the slope of the SiLU.
+        The derivative of the standardised x (a symmetric map), the standardised x, and the slope of what follows.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if added is not None:
+        wide = wide + added[:, :, None, None]
 
     def mean(values: Tensor) -> Tensor:
-        return _group_mean(values.mean((2, 3)), groups)[:, :, None, None]
+        return _group_mean(values.mean((2, 3)), how.groups)[:, :, None, None]
 
     centred = wide - mean(wide)
-    rstd = (mean(centred.square()) + eps).rsqrt()
+    rstd = (mean(centred.square()) + how.eps).rsqrt()
     hat = centred * rstd
     y = torch.addcmul(bias[:, :, None, None], hat, weight[:, :, None, None])
-    slope = y.sigmoid() * (1 + y * (-y).sigmoid()) if silu else torch.ones_like(y)
+    slope = y.sigmoid() * (1 + y * (-y).sigmoid()) if how.silu else torch.ones_like(y)
+    if keys is not None:
+        slope = slope * _mask(slope, keys, how)
     return lambda change: rstd * (change - mean(change) - hat * mean(hat * change)), hat, slope
 
 
@@ -221,16 +333,110 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
-def drop(x: Tensor, share: float) -> Tensor:
-    """Dropout: a `share` of the entries zero, the others scaled up.
+class Recomputed(nn.Module):
+    """A part of a network that may forget what is inside it, and compute it again when the gradient needs it.
 
-    The same entries under the same seed whether or not a forward-mode derivative is taken along, which torch's own does
-    not promise: its kernels there draw in another order.
+    That is activation checkpointing: a pass more for a fraction of the memory. Set with `networks.recompute`.
     """
+
+    recompute = False
+
+    def __call__(self, *args: Any) -> Any:
+        if not self.recompute or not torch.is_grad_enabled():
+            return super().__call__(*args)
+        from torch.utils.checkpoint import checkpoint
+
+        chance, own = _chance, super().__call__
+
+        def run(*args: Any) -> Any:
+            with _entered(chance and _Chance(chance.seeds, made)):
+                out = own(*args)
+                return out, _chance.made if _chance else 0
+
+        made = chance.made if chance else 0
+        out, after = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=chance is None)
+        if chance:
+            chance.made = after
+        return out
+
+
+# --- chance: which units are dropped --------------------------------------------------------------------------------
+
+
+class _Chance:
+    """Where the network's random decisions come from: a seed a sample, and how many decisions were made so far."""
+
+    def __init__(self, seeds: Tensor, made: int = 0) -> None:
+        self.seeds, self.made = seeds, made
+
+
+_chance: _Chance | None = None
+
+
+@contextmanager
+def seeded(seeds: Tensor | None) -> Iterator[None]:
+    """Let the seeds decide what a network drops: the same seeds, the same units, whatever the batch and the device.
+
+    Two passes under the same seeds share their dropout without a generator's state being copied or waited for.
+
+    Args:
+        seeds: int64 [B], one a sample, each at least 0; None leaves it to torch's global generator, as it is without.
+    """
+    with _entered(None if seeds is None else _Chance(seeds)):
+        yield
+
+
+@contextmanager
+def _entered(chance: _Chance | None) -> Iterator[None]:
+    global _chance
+    before, _chance = _chance, chance
+    try:
+        yield
+    finally:
+        _chance = before
+
+
+def _keys(x: Tensor) -> Tensor:
+    """A number below 2^32 for each sample of x and each decision that is made in a pass; int64 [B]."""
+    chance = _chance or _Chance(torch.randint(2**62, (len(x),), device=x.device))
+    chance.made += 1
+    # A batch may hold its samples several times over, labelled and unlabelled.
+    seeds = chance.seeds.to(x.device).repeat(len(x) // len(chance.seeds))
+    return _mixed((seeds + 0x85EBCA6B * chance.made) & _32_BITS, seeds >> 31)
+
+
+_32_BITS = 2**32 - 1
+
+
+def _mixed(entry: Tensor, key: Tensor) -> Tensor:
+    """A well mixed number below 2^32 from two; int64. `mixed` in native.cpp is the same function."""
+    h = ((entry * 0x9E3779B1) & _32_BITS) ^ (key & _32_BITS)
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _32_BITS
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _32_BITS
+    return h ^ (h >> 16)
+
+
+def _threshold(share: float) -> tuple[int, float]:
+    """The numbers below which an entry is dropped, and what the others are multiplied with."""
+    return round(share * 2**32), 1 / (1 - share)
+
+
+def _mask(like: Tensor, keys: Tensor, how: native.Shape) -> Tensor:
+    """What the entries of a tensor [B, ...] are multiplied with: 0 or 1 / (1 - share)."""
+    batch, *rest = like.shape
+    entry = torch.arange(like[0].numel(), device=like.device)
+    kept = (_mixed(entry, keys[:, None]) >= how.threshold).to(like.dtype) * how.grown
+    if not rest[1:]:
+        return kept.reshape(batch, *rest)
+    # Entries are numbered channel by channel within a pixel, as they lie in memory on a CPU.
+    return kept.reshape(batch, *rest[1:], rest[0]).movedim(-1, 1)
+
+
+def drop(x: Tensor, share: float) -> Tensor:
+    """Dropout: a `share` of the entries zero, the others scaled up; which ones, `seeded` decides."""
     if not share:
         return x
-    kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - share)
-    return x * kept * (1 / (1 - share))
+    return x * _mask(x, _keys(x), native.Shape(1, 0.0, False, *_threshold(share)))
 
 
 def noise_features(noise: Tensor, count: int, *, endpoint: bool) -> Tensor:
@@ -282,7 +488,7 @@ def look_up(table: Tensor, labels: Tensor | None, batch: int, hidden: float = 0.
         return table.new_zeros(batch, table.shape[1])
     known = labels >= 0
     if hidden:
-        known = known & (torch.rand(labels.shape, device=labels.device) >= hidden)
+        known = known & (_keys(labels) >= _threshold(hidden)[0])
     return table[labels.clamp_min(0)] * known[:, None].to(table.dtype)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import MLPConfig
-from cmtool.networks.layers import Linear, MapGap, drop, look_up, prepare, unit_features
+from cmtool.networks.layers import Linear, MapGap, Recomputed, drop, look_up, prepare, unit_features
 
 
 class MLP(nn.Module):
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         return self.leave(F.silu(h)).unflatten(1, (config.out_channels, config.resolution, config.resolution))
 
 
-class Block(nn.Module):
+class Block(Recomputed):
     """Residual block whose hidden layer the embedding scales and shifts.
 
     The scale is what makes it sharp: between two modes of the data the slope of a denoiser grows like 1 / sigma. There

@@ -18,9 +18,9 @@ from cmtool.networks.layers import (
     GroupNorm,
     Linear,
     MapGap,
+    Recomputed,
     Resample,
     attend,
-    drop,
     look_up,
     noise_features,
     prepare,
@@ -272,7 +272,7 @@ class Up(nn.Module):
         return x, image
 
 
-class ResBlock(nn.Module):
+class ResBlock(Recomputed):
     """Residual block: norm, SiLU, (resampling,) convolution, embedding, norm, SiLU, dropout, convolution.
 
     Args:
@@ -313,17 +313,18 @@ class ResBlock(nn.Module):
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
         emb = self.time_emb_proj(emb)
+        dropout = self.dropout if self.training else 0.0
         if self.film:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h, (scale, shift), silu=True)
+            h = self.norm2(h, (scale, shift), silu=True, dropout=dropout)
         else:
-            h = self.norm2(h + emb[:, :, None, None], silu=True)
-        h = self.conv2(drop(h, self.dropout if self.training else 0.0))
+            h = self.norm2(h, added=emb, silu=True, dropout=dropout)
+        h = self.conv2(h)
         x = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return x if self.scale == 1 else x / self.scale
 
 
-class Attention(nn.Module):
+class Attention(Recomputed):
     """Residual self-attention over pixels; no norm where `groups` is 0."""
 
     def __init__(self, config: UNet2DConfig, width: int, groups: int, scale: float) -> None:

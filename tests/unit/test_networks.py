@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtool.networks import SIZES, ADMConfig, DDPMppConfig, MLPConfig, build, load_start
+from cmtool.networks import SIZES, ADMConfig, DDPMppConfig, MLPConfig, build, load_start, native
 from cmtool.networks.layers import (
     GroupNorm,
     Resample,
@@ -510,12 +510,14 @@ def test_norm_on_a_cpu_equals_torch(silu):
     weight = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
 
+    how = native.Shape(4, 1e-5, silu, 0, 1.0)
+
     def run(x, weight, bias):
-        return _Normalise.apply(x, weight, bias, 4, 1e-5, silu)[0]
+        return _Normalise.apply(x, None, weight, bias, None, how)[0]
 
     expected = F.group_norm(x.contiguous(), 4, eps=1e-5) * weight[:, :, None, None] + bias[:, :, None, None]
     torch.testing.assert_close(run(x, weight, bias), F.silu(expected) if silu else expected)
-    torch.testing.assert_close(_normalise(x, weight, bias, 4, 1e-5, silu), run(x, weight, bias))
+    torch.testing.assert_close(_normalise(x, None, weight, bias, None, how), run(x, weight, bias))
     assert run(x, weight, bias).is_contiguous(memory_format=torch.channels_last)
     assert torch.autograd.gradcheck(run, (x, weight, bias), check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, (x, weight, bias), fast_mode=True)
@@ -524,13 +526,15 @@ def test_norm_on_a_cpu_equals_torch(silu):
 def test_norm_without_gradient_for_some_inputs():
     x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
     weight, bias = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
-    leaf = x.clone().requires_grad_()
-    _Normalise.apply(leaf, weight, bias, 2, 1e-5, True)[0].square().sum().backward()
+    leaf, how = x.clone().requires_grad_(), native.Shape(2, 1e-5, True, 0, 1.0)
+    _Normalise.apply(leaf, None, weight, bias, None, how)[0].square().sum().backward()
     other = x.clone().requires_grad_()
-    _normalise(other, weight, bias, 2, 1e-5, True).square().sum().backward()
+    _normalise(other, None, weight, bias, None, how).square().sum().backward()
     torch.testing.assert_close(leaf.grad, other.grad)
     with forward_ad.dual_level():
-        dual = _Normalise.apply(x, forward_ad.make_dual(weight, torch.ones_like(weight)), bias, 2, 1e-5, False)[0]
+        how = native.Shape(2, 1e-5, False, 0, 1.0)
+        moved = forward_ad.make_dual(weight, torch.ones_like(weight))
+        dual = _Normalise.apply(x, None, moved, bias, None, how)[0]
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, F.group_norm(x, 2))
 
 

@@ -1,0 +1,168 @@
+"""`native.cpp`, compiled once by the machine's own compiler: the chain norm, SiLU and dropout in one pass on a CPU.
+
+The library is kept in the cache folder of cmtool ($CMTOOL_CACHE, else $XDG_CACHE_HOME/cmtool, else ~/.cache/cmtool)
+under a name that changes with the source, the compiler's flags and the processor; compiling it takes about two seconds.
+Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0, everything is computed by torch's own
+operations, which is slower and gives the same numbers to rounding.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 120  # a compiler that has not come back by then does not
+
+
+class Shape(NamedTuple):
+    """What the chain does besides its arrays; see `norm_forward` in native.cpp."""
+
+    groups: int
+    eps: float
+    silu: bool
+    threshold: int  # of the entries' numbers below 2^32: those under it are dropped
+    grown: float
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the library computes on tensors like `x`: [B, C, H, W] on a CPU, float32 or bfloat16."""
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel() > 0
+    return known and library() is not None
+
+
+def forward(
+    x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, shape: Shape
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The chain.
+
+    Args:
+        x: [B, C, H, W].
+        pre, weight, bias: float32 [B, C]; `pre` is added to x first, or None.
+        keys: int64 [B], a number below 2^32 a sample, where entries are dropped.
+    Returns:
+        y like x, channels-last; mean and 1 / deviation, float32 [B, groups].
+    """
+    x = _laid_out(x)
+    y = torch.empty_like(x)
+    mean = torch.empty(len(x), shape.groups)
+    rstd = torch.empty(len(x), shape.groups)
+    _call("norm_forward", x, (x, *_rows(pre, weight, bias), _words(keys), y, mean, rstd), shape)
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    keys: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shape: Shape,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The gradients of x, pre, weight and bias; arguments as `forward`."""
+    x, dy = _laid_out(x), _laid_out(dy.to(x.dtype))
+    dx = torch.empty_like(x)
+    dweight, dbias = _new(x), _new(x)
+    dpre = None if pre is None else _new(x)
+    known = (*_rows(pre, weight, bias), _words(keys), mean, rstd)
+    _call("norm_backward", x, (dy, x, *known, dx, dpre, dweight, dbias), shape)
+    return dx, dpre, dweight, dbias
+
+
+def _new(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:2])
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.to(torch.float32).contiguous() for tensor in tensors)
+
+
+def _words(keys: Tensor | None) -> Tensor | None:
+    """The keys as 32 bits each; torch's unsigned type lacks most operations."""
+    return None if keys is None else torch.where(keys < 2**31, keys, keys - 2**32).to(torch.int32)
+
+
+def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], shape: Shape) -> None:
+    lib = library()
+    assert lib is not None
+    batch, channels, height, width = x.shape
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = (batch, height * width, channels, shape.groups)
+    rest = (shape.eps, shape.silu, shape.threshold, shape.grown, torch.get_num_threads())
+    getattr(lib, name)(x.dtype == torch.bfloat16, *pointers, *sizes, *rest)
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library; None where there is none to be had."""
+    if os.environ.get("CMTOOL_NATIVE", "1").strip().lower() in ("0", "false", "no", "off"):
+        return None
+    with suppress(OSError, RuntimeError, subprocess.SubprocessError):
+        return _declared(ctypes.CDLL(str(_compiled())))
+    return None
+
+
+def _compiled() -> Path:
+    """The library's file, made if it is not there yet."""
+    compiler = os.environ.get("CXX") or "c++"
+    source = _SOURCE.read_bytes()
+    told = "\0".join((compiler, *_FLAGS, platform.machine(), _processor()))
+    made = _folder() / f"native-{hashlib.sha256(source + told.encode()).hexdigest()[:16]}.so"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever comes first puts the whole file in its place; two at once make the same one.
+        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+            new = Path(scratch) / made.name
+            command = [*compiler.split(), *_FLAGS, "-o", str(new), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
+            new.replace(made)
+    return made
+
+
+def _folder() -> Path:
+    given = os.environ.get("CMTOOL_CACHE")
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()
+    return (Path(given) if given else base / "cmtool") / "native"
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: folders are shared by machines that are not alike."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor()
+
+
+def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions."""
+    address, number = ctypes.c_void_p, ctypes.c_long
+    rest = [*[number] * 4, ctypes.c_float, ctypes.c_int, ctypes.c_uint32, ctypes.c_float, ctypes.c_int]
+    for name, count in (("norm_forward", 8), ("norm_backward", 12)):
+        function = getattr(lib, name)
+        function.argtypes = [ctypes.c_int, *[address] * count, *rest]
+        function.restype = None
+    return lib

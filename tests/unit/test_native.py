@@ -1,0 +1,159 @@
+"""The compiled pass against torch's own operations, and what happens where it cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cmtool.networks import native
+from cmtool.networks.layers import _keys, _mask, _Normalise, _normalise, _threshold, seeded
+
+available = pytest.mark.skipif(native.library() is None, reason="no compiler on this machine")
+
+
+def inputs(batch, channels, side, dtype, *, added, dropout, silu, groups=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, channels, side, side + 1, generator=generator).to(dtype)
+    x = (x * 3 + 1).contiguous(memory_format=torch.channels_last)
+    pre = torch.randn(batch, channels, generator=generator) if added else None
+    weight = 1 + 0.3 * torch.randn(batch, channels, generator=generator)
+    bias = torch.randn(batch, channels, generator=generator)
+    grad = torch.randn(x.shape, generator=generator).to(dtype)
+    with seeded(torch.arange(batch) * 7919 + 2**40):
+        keys = _keys(x) if dropout else None
+    return x, pre, weight, bias, keys, native.Shape(groups, 1e-5, silu, *_threshold(dropout)), grad
+
+
+def gradients(function, x, pre, weight, bias, keys, how, grad, dtype=None):
+    """Output and gradients of x, pre, weight, bias."""
+    leaves = [
+        None if one is None else one.detach().to(dtype or one.dtype).requires_grad_() for one in (x, pre, weight, bias)
+    ]
+    out = function(*leaves, keys, how)
+    out = out[0] if isinstance(out, tuple) else out
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+@available
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("added", "dropout", "silu"), [(False, 0.0, True), (True, 0.3, True), (True, 0.0, False)])
+@pytest.mark.parametrize(("batch", "channels", "side"), [(1, 8, 3), (2, 64, 8), (5, 48, 5), (7, 36, 1)])
+def test_the_kernel_is_the_formula(batch, channels, side, dtype, tolerance, added, dropout, silu):
+    given = inputs(batch, channels, side, dtype, added=added, dropout=dropout, silu=silu)
+    how = given[5]
+    assert native.usable(given[0])
+    found = gradients(_Normalise.apply, *given)
+    expected = gradients(_normalise, *given, dtype=torch.float64)
+    assert len(found) == 4 + added
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        error = (a.double() - b).norm() / b.norm().clamp_min(1e-3)
+        assert error < tolerance, float(error)
+    assert found[0].dtype == dtype
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    if dropout:  # the very same entries
+        assert torch.equal(found[0] == 0, _mask(found[0], given[4], how) == 0)
+
+
+@available
+def test_the_kernel_takes_any_layout():
+    x, *rest, grad = inputs(3, 8, 4, torch.float32, added=True, dropout=0.2, silu=True)
+    expected = gradients(_Normalise.apply, x, *rest, grad)
+    found = gradients(_Normalise.apply, x.contiguous(), *rest, grad.contiguous())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@available
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_the_number_of_threads_changes_only_rounding(threads):
+    given = inputs(3, 32, 9, torch.float32, added=True, dropout=0.2, silu=True)
+    expected = gradients(_normalise, *given)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        found = gradients(_Normalise.apply, *given)
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@available
+def test_values_far_from_zero_keep_their_variance():
+    x, *rest, grad = inputs(2, 8, 16, torch.float32, added=False, dropout=0.0, silu=False)
+    x = x + 1000
+    found = gradients(_Normalise.apply, x, *rest, grad)[0]
+    expected = gradients(_normalise, x, *rest, grad, dtype=torch.float64)[0]
+    assert (found - expected).abs().max() < 2e-3
+
+
+@available
+def test_what_it_does_not_compute_goes_another_way():
+    assert not native.usable(torch.zeros(1, 8, 2, 2, dtype=torch.float64))
+    assert not native.usable(torch.zeros(0, 8, 2, 2))
+    assert not native.usable(torch.zeros(1, 8, 2, 2, dtype=torch.float16))
+
+
+# --- the library -----------------------------------------------------------------------------------------------------
+
+ASK = """
+import sys, torch
+from cmtool.networks import native
+from cmtool.networks.layers import GroupNorm
+torch.manual_seed(0)
+x = torch.randn(2, 8, 4, 4)
+y = GroupNorm(8, eps=1e-5, group_channels=4)(x, silu=True)
+expected = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 2))
+assert (y - expected).abs().max() < 1e-5
+print(native.library() is not None)
+"""
+
+
+def ask(**env) -> bool:
+    """Whether a new process has the library; its numbers are right in any case."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], capture_output=True, text=True, timeout=120, env={**os.environ, **env}
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.strip() == "True"
+
+
+@available
+def test_it_is_compiled_once_into_the_cache(tmp_path):
+    assert ask(CMTOOL_CACHE=str(tmp_path))
+    (made,) = (tmp_path / "native").iterdir()
+    before = made.stat().st_mtime_ns
+    assert ask(CMTOOL_CACHE=str(tmp_path))
+    assert ask(CMTOOL_CACHE=str(tmp_path), CXX="no-such-compiler", PATH=os.environ["PATH"]) is False  # another name
+    assert [file.stat().st_mtime_ns for file in (tmp_path / "native").iterdir()] == [before]
+
+
+def test_it_can_be_switched_off(tmp_path):
+    assert not ask(CMTOOL_CACHE=str(tmp_path), CMTOOL_NATIVE="0")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", f"{sys.executable} -c pass"])
+def test_without_a_compiler_torch_computes(tmp_path, compiler):
+    assert not ask(CMTOOL_CACHE=str(tmp_path), CXX=compiler)
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+@available
+def test_a_broken_library_is_not_loaded(tmp_path):
+    assert ask(CMTOOL_CACHE=str(tmp_path))
+    (made,) = (tmp_path / "native").iterdir()
+    made.write_bytes(made.read_bytes()[:100])
+    assert not ask(CMTOOL_CACHE=str(tmp_path))
+
+
+def test_a_cache_that_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert not ask(CMTOOL_CACHE=str(tmp_path / "file"))
