@@ -15,10 +15,10 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from cmtool import rng
 from cmtool.errors import ConfigError
 from cmtool.flow.flow_map import FlowMap, on_path
 from cmtool.flow.path import Path, expand
+from cmtool.networks.layers import seeded
 from cmtool.times import (
     Adjacent,
     Dyadic,
@@ -68,22 +68,78 @@ class Loss(NamedTuple):
     terms: Mapping[str, Tensor]
 
 
-class Objective(nn.Module):
-    """One training objective. `forward(model, target, batch, progress, generator) -> Loss`."""
+class Drawn(NamedTuple):
+    """A batch, or a piece of one, with all that chance has to say about it: the pieces add up to the whole exactly."""
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        """The loss of a batch.
+    objective: Objective  # whose loss it is for
+    weight: float  # of its mean loss in the sum
+    batch: Batch  # with its noise
+    times: Times
+    seeds: Tensor  # int64 [B], of the units each sample's dropout takes
+    name: str = ""
+
+    def pieces(self, size: int | None) -> Iterator[Drawn]:
+        """Neighbouring pieces of at most `size` samples, with their share of the weight; None is all at once."""
+        count = len(self.batch.x0)
+        for first in range(0, count, size or count):
+            part = slice(first, first + (size or count))
+            batch = Batch(*(None if whole is None else whole[part] for whole in self.batch))  # type: ignore[arg-type]
+            t, r, s = self.times
+            start, landing = t[part], s[part]
+            times = Times(start, landing if r is s else r[part], landing)
+            weight = self.weight * len(batch.x0) / count
+            yield self._replace(weight=weight, batch=batch, times=times, seeds=self.seeds[part])
+
+
+class Objective(nn.Module):
+    """One training objective: `draw` asks chance, `loss` computes; `forward` is both."""
+
+    config: Any
+
+    def draw(self, path: Path, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Drawn, ...]:
+        """Times, noise and dropout for a batch: one `Drawn`, or one for each of several objectives that share it.
+
+        Args:
+            path: of the model that is trained.
+            batch: clean images with labels.
+            progress: share of the training done, in [0, 1]; curricula are functions of it.
+            generator: where it all comes from, on the device of the batch.
+        """
+        times = self.config.times(path, len(batch.x0), progress, generator)
+        if batch.eps is None:
+            batch = batch._replace(eps=_noise(batch.x0, generator))
+        seeds = torch.randint(2**62, (len(batch.x0),), generator=generator, device=generator.device)
+        return (Drawn(self, 1.0, batch, times, seeds),)
+
+    def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
+        """The loss of what was drawn, before its weight.
 
         Args:
             model: what is trained.
             target: the weights of the comparison; the model itself for online targets and for denoising.
-            batch: clean images with labels.
-            progress: share of the training done, in [0, 1]; curricula are functions of it.
-            generator: source of times, noise and dropout seeds, on the device of the batch.
+            drawn: of `draw`, or a piece of it.
+            progress: as it was there.
         """
         raise NotImplementedError
+
+    def forward(
+        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
+    ) -> Loss:
+        """The loss of a batch; arguments as `draw` and `loss`."""
+        drawn = self.draw(model.path, batch, progress, generator)
+        losses = [one.objective.loss(model, target, one, progress) for one in drawn]
+        if len(losses) == 1:
+            return losses[0]
+        return Loss(
+            torch.stack([one.weight * loss.value for one, loss in zip(drawn, losses, strict=True)]).sum(),
+            torch.cat([loss.per_sample for loss in losses]),
+            torch.cat([loss.t for loss in losses]),
+            {
+                f"{name}{one.name}": term
+                for one, loss in zip(drawn, losses, strict=True)
+                for name, term in loss.terms.items()
+            },
+        )
 
     def stage(self, progress: float) -> tuple[int, float]:
         """The stage the training is in, and the share of it that is done; one stage unless students are promoted."""
@@ -307,22 +363,25 @@ class DenoisingLoss(Objective):
         self.balance = tangents.balance(config.balance)
         self.pairs = None if config.pairs is None else _trajectory(config.pairs, given)
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        times = self.config.times(model.path, len(batch.x0), progress, generator)
+    def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
+        batch, times = drawn.batch, drawn.times
         if self.pairs is not None:
-            batch = self._solved(model, batch, generator)
-        sample = noised(model.path, batch, times.t, generator)
-        with rng.forked(_dropout_seed(generator), batch.x0.device):
+            batch = self._solved(model, batch)
+        sample = noised(model.path, batch, times.t)
+        with seeded(drawn.seeds):
             estimate = model.denoised(sample.x_t, sample.t, batch.labels, batch.augment)
         losses = self.config.weight(model.path, times) * self.distance(estimate, batch.x0)
         return _loss(self.config.kind, losses, sample.t, self.balance, model.path)
 
-    def _solved(self, model: FlowMap, batch: Batch, generator: torch.Generator) -> Batch:
-        """Fresh noise, and the image that the teacher's ODE makes of it."""
+    def draw(self, path: Path, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Drawn, ...]:
+        # Noise that the data came with belongs to its images, not to those that the teacher is about to make.
+        return super().draw(path, batch if self.pairs is None else batch._replace(eps=None), progress, generator)
+
+    def _solved(self, model: FlowMap, batch: Batch) -> Batch:
+        """The noise, and the image that the teacher's ODE makes of it."""
         assert self.pairs is not None
-        path, eps = model.path, _noise(batch.x0, generator)
+        assert batch.eps is not None
+        path, eps = model.path, batch.eps
         t = eps.new_full((len(eps),), path.t_max, dtype=torch.float32)
         start = PathSample(path.sigma(t[0]) * eps, t, eps, eps, batch.labels, batch.augment)
         return batch._replace(x0=self.pairs.step(model, start, torch.full_like(t, path.t_min)), eps=eps)
@@ -338,19 +397,17 @@ class ConsistencyLoss(Objective):
         self.trajectory = _trajectory(config.trajectory, given)
         self.first = _First(given.first) if isinstance(config.target, Truncated) else None
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        times = self.config.times(model.path, len(batch.x0), progress, generator)
-        sample = noised(model.path, batch, times.t, generator)
-        seed = _dropout_seed(generator)
-        with torch.no_grad(), rng.forked(seed, batch.x0.device):
-            # A teacher drops nothing, so here the seed is used up by the target alone.
-            x_r = self.trajectory.step(target, sample, times.r)
-        with torch.no_grad(), rng.forked(seed, batch.x0.device):
-            goal = self._goal(target, x_r, times, batch)
-        # The same seed: both passes drop the same units.
-        with rng.forked(seed, batch.x0.device):
+    def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
+        batch, times = drawn.batch, drawn.times
+        sample = noised(model.path, batch, times.t)
+        with torch.inference_mode():
+            with seeded(drawn.seeds):  # a teacher drops nothing: these are for a target that answers for itself
+                x_r = self.trajectory.step(target, sample, times.r)
+            with seeded(drawn.seeds):
+                goal = self._goal(target, x_r, times, batch)
+        goal = goal.clone()  # what inference made, a backward pass may not keep
+        # The same seeds: both passes drop the same units.
+        with seeded(drawn.seeds):
             estimate = model.jump(sample.x_t, sample.t, times.s, batch.labels, batch.augment)
         if self.config.compare_denoised:
             estimate, goal = (model.path.implied(sample.x_t, x, sample.t, times.s) for x in (estimate, goal))
@@ -399,15 +456,12 @@ class TangentLoss(Objective):
         self.trajectory = _trajectory(config.trajectory, given)
         self.balance = tangents.balance(config.balance)
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        times = self.config.times(model.path, len(batch.x0), progress, generator)
-        sample = noised(model.path, batch, times.t, generator)
-        seed = _dropout_seed(generator)
+    def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
+        batch, times = drawn.batch, drawn.times
+        sample = noised(model.path, batch, times.t)
         with torch.no_grad():
-            change = self._change(target, sample, times, progress, seed)
-        with rng.forked(seed, batch.x0.device):
+            change = self._change(target, sample, times, progress, drawn.seeds)
+        with seeded(drawn.seeds):
             raw = model.raw(sample.x_t, sample.t, times.s, batch.labels, batch.augment)
         losses = (raw - (raw + change).detach()).square().flatten(1).mean(1)
         return _loss(
@@ -418,14 +472,14 @@ class TangentLoss(Objective):
             model.path,
         )
 
-    def _change(self, target: FlowMap, sample: PathSample, times: Times, progress: float, seed: int) -> Tensor:
+    def _change(self, target: FlowMap, sample: PathSample, times: Times, progress: float, seeds: Tensor) -> Tensor:
         """What is to be added to F."""
 
         def ask(x: Tensor, t: Tensor) -> Tensor:
             return target.raw(x, t, times.s, sample.labels, sample.augment)
 
         v = self.trajectory.velocity(target, sample)
-        with rng.forked(seed, sample.x_t.device), tangents.full_precision(target):
+        with seeded(seeds), tangents.full_precision(target):
             raw, d_raw = tangents.along(ask, sample.x_t, sample.t, v)
         now, slope = tangents.coefficients_along(target, sample.t, times.s)
         skip, out, d_skip, d_out = (expand(c, v) for c in (now.skip, now.out, slope.skip, slope.out))
@@ -447,39 +501,38 @@ class ContinuousLoss(Objective):
         self.trajectory = _trajectory(config.trajectory, given)
         self.distance = distances.build(config.distance, given.backbone)
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        times = self.config.times(model.path, len(batch.x0), progress, generator)
-        sample = noised(model.path, batch, times.t, generator)
-        seed = _dropout_seed(generator)
+    def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
+        batch, times = drawn.batch, drawn.times
+        sample, seeds = noised(model.path, batch, times.t), drawn.seeds
         with torch.no_grad():
             v = self.trajectory.velocity(model, sample)
         losses = (
-            self._stopped(model, target, sample, times, v, seed)
+            self._stopped(model, target, sample, times, v, seeds)
             if self.config.stop_gradient
-            else (self.distance.metric(*self._along(model, sample, times, v, seed)))
+            else (self.distance.metric(*self._along(model, sample, times, v, seeds)))
         )
         return _loss(self.config.kind, self.config.weight(model.path, times) * losses, sample.t)
 
-    def _along(self, model: FlowMap, sample: PathSample, times: Times, v: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _along(
+        self, model: FlowMap, sample: PathSample, times: Times, v: Tensor, seeds: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """f and L f."""
 
         def ask(x: Tensor, t: Tensor) -> Tensor:
             return model.jump(x, t, times.s, sample.labels, sample.augment)
 
-        with rng.forked(seed, sample.x_t.device), tangents.full_precision(model):
+        with seeded(seeds), tangents.full_precision(model):
             return tangents.along(ask, sample.x_t, sample.t, v)
 
     def _stopped(
-        self, model: FlowMap, target: FlowMap, sample: PathSample, times: Times, v: Tensor, seed: int
+        self, model: FlowMap, target: FlowMap, sample: PathSample, times: Times, v: Tensor, seeds: Tensor
     ) -> Tensor:
         with torch.no_grad():
-            f, slope = self._along(target, sample, times, v, seed)
+            f, slope = self._along(target, sample, times, v, seeds)
         with torch.enable_grad():
             slope = slope.requires_grad_()
             (pull,) = torch.autograd.grad(self.distance.metric(f, slope).sum(), slope)  # G L f
-        with rng.forked(seed, sample.x_t.device):
+        with seeded(seeds):
             estimate = model.jump(sample.x_t, sample.t, times.s, sample.labels, sample.augment)
         return (estimate * pull).flatten(1).sum(1)
 
@@ -492,20 +545,15 @@ class MixtureLoss(Objective):
         self.config = config
         self.parts = nn.ModuleList(_module(part.objective, given) for part in config.parts)
 
-    def forward(
-        self, model: FlowMap, target: FlowMap, batch: Batch, progress: float, generator: torch.Generator
-    ) -> Loss:
-        values, per_sample, t = [], [], []
-        terms: dict[str, Tensor] = {}
-        for index, (part, module, one) in enumerate(
-            zip(self.config.parts, self.parts, self._split(batch), strict=True)
+    def draw(self, path: Path, batch: Batch, progress: float, generator: torch.Generator) -> tuple[Drawn, ...]:
+        drawn: list[Drawn] = []
+        for index, (part, module, piece) in enumerate(
+            zip(self.config.parts, self._modules_of(), self._split(batch), strict=True)
         ):
-            loss = module(model, target, one, progress, generator)
-            values.append((part.share if part.weight is None else part.weight) * loss.value)
-            terms |= {f"{name} of part {index}": term for name, term in loss.terms.items()}
-            per_sample.append(loss.per_sample)
-            t.append(loss.t)
-        return Loss(torch.stack(values).sum(), torch.cat(per_sample), torch.cat(t), terms)
+            factor = part.share if part.weight is None else part.weight
+            for one in module.draw(path, piece, progress, generator):
+                drawn.append(one._replace(weight=factor * one.weight, name=f" of part {index}{one.name}"))
+        return tuple(drawn)
 
     def _split(self, batch: Batch) -> Iterator[Batch]:
         """Neighbouring pieces of the batch, at least one sample each."""
@@ -552,10 +600,10 @@ def with_guidance(objective: Any, scale: float) -> Any:
     return replace(objective, **{name: replace(part, guidance=scale) for name, part in teachers.items()})
 
 
-def noised(path: Path, batch: Batch, t: Tensor, generator: torch.Generator) -> PathSample:
-    """The batch at times t [B], with the batch's own noise or fresh noise."""
-    eps = _noise(batch.x0, generator) if batch.eps is None else batch.eps
-    return PathSample(path.mix(batch.x0, eps, t), t, batch.x0, eps, batch.labels, batch.augment)
+def noised(path: Path, batch: Batch, t: Tensor) -> PathSample:
+    """The batch at times t [B]."""
+    assert batch.eps is not None
+    return PathSample(path.mix(batch.x0, batch.eps, t), t, batch.x0, batch.eps, batch.labels, batch.augment)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -575,10 +623,6 @@ def _loss(kind: str, losses: Tensor, t: Tensor, balance: Balance | None = None, 
     balanced = losses if balance is None or path is None else balance(losses, path, t)
     value = balanced.mean()
     return Loss(value, losses.detach(), t, {f"{kind} loss": value.detach()})
-
-
-def _dropout_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 _MODULES: dict[type, Any] = {

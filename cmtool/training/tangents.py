@@ -25,8 +25,8 @@ def along(ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, velocit
         ask: of (x [B, ...], t [B]) to a tensor.
         velocity: shape of `x`.
     """
-    # The fused attention kernels have no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    # The fused attention kernels have no forward-mode derivative, and compiled code has none.
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         done: Any = torch.func.jvp(ask, (x, t), (velocity, torch.ones_like(t)))
     return done[0], done[1]
 

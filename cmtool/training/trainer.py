@@ -21,6 +21,7 @@ from cmtool import networks, rng
 from cmtool.errors import ConfigError, DataError, DivergenceError
 from cmtool.flow.flow_map import FlowMap, ModelCard
 from cmtool.training.average import blend
+from cmtool.training.objectives import Loss
 from cmtool.training.recipe import Optimizer, Recipe
 from cmtool.training.trajectory import Batch
 
@@ -85,6 +86,10 @@ class Trainer:
         seed: of everything random.
         device: where to train.
         compute_dtype: type inside the network; None is float32.
+        micro_batch: images whose gradient is computed at once; None is the whole batch. The gradients of the pieces add
+            up to that of the batch, and chance is asked for the batch as a whole: it changes the memory, nothing else.
+        checkpoint_activations: see `networks.recompute`.
+        compiled: let torch.compile work on the networks. Where it fails they run as they are, see `compiled`.
     Raises:
         DataError: if the data holds fewer images than a batch.
     """
@@ -101,6 +106,9 @@ class Trainer:
         seed: int = 0,
         device: torch.device | str = "cpu",
         compute_dtype: torch.dtype | None = None,
+        micro_batch: int | None = None,
+        checkpoint_activations: bool = False,
+        compiled: bool = False,
     ) -> None:
         if len(data) < recipe.batch:
             raise DataError(
@@ -111,7 +119,11 @@ class Trainer:
                 "the images are augmented, and the network is not told how",
                 f"set network.augment_dim={recipe.augment.dim}",
             )
-        self.recipe, self.data, self.seed = recipe, data, seed
+        if micro_batch is not None and micro_batch < 1:
+            raise ConfigError(
+                f"a micro-batch holds at least 1 image, found {micro_batch}", "leave it out for all at once"
+            )
+        self.recipe, self.data, self.seed, self.micro_batch = recipe, data, seed, micro_batch
         self.device = torch.device(device)
         self.order = Order(len(data), seed)
         self.step = 0
@@ -126,16 +138,21 @@ class Trainer:
         model = FlowMap(network, recipe.path, recipe.parameterization, card)
         self.model = model.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
         self.averages = {rule.name: (rule, self._frozen_copy()) for rule in recipe.averages}
+        networks.recompute(self.model.network, checkpoint_activations)
         # Online targets are the model itself; a copy of their own costs memory only where the rule moves.
         self.target = (
             self._frozen_copy(train=True) if recipe.objective.decay(1.0) or recipe.objective.decay(0.0) else self.model
         )
-        for other in (teacher, init):
-            if other is not None:
-                other.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
+        self._others = [other for other in (teacher, init) if other is not None]
+        for other in self._others:
+            other.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
         objective = recipe.objective.build(teacher, first=init, backbone=backbone)
         self.objective = objective.to(self.device)
         self.optimizer = self._new_optimizer()
+        calls = {id(one): one.network for one in (self.model, self.target, *self._others)}
+        self._compiled = list(calls.values()) if compiled else []
+        for module in self._compiled:
+            module.compile(dynamic=False)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -160,28 +177,102 @@ class Trainer:
             lr = recipe.optimizer.rate(done, self.images + recipe.batch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
-            loss = self.objective(self.model, self.target, self._batch(generator), progress, generator)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.value.backward()
-            limit = recipe.optimizer.clip_norm
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit or float("inf"), foreach=True)
+            loss = self._gradients(progress)
+            grad_norm = self._clipped()
             self.step += 1
             self._health.note(self.step, {**loss.terms, "gradient": grad_norm})
             if self.step % _CHECK_EVERY == 0 or self.step == recipe.iterations:
                 self._check()
             self.optimizer.step()
-            self._follow(progress)
+            self._follow(progress, self.images)
             yield Report(
                 self.step,
                 self.images,
                 self.step / recipe.iterations,
-                loss.value.detach(),
+                loss.value,
                 loss.per_sample,
                 loss.t,
                 grad_norm,
                 lr,
             )
+
+    def _gradients(self, progress: float) -> Loss:
+        """The gradient of this step's loss, left at the weights; the loss itself, without a graph."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            return self._backward(progress)
+        except Exception as error:
+            # Seeds belong to the step, so what is done again comes out the same.
+            if not self._compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            self._uncompile()
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._backward(progress)
+
+    def _backward(self, progress: float, count: int | None = None) -> Loss:
+        """Add the gradient of the next batch, or of its first `count` images, to that at the weights."""
+        generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
+        batch = self._batch(generator, count)
+        drawn = self.objective.draw(self.model.path, batch, progress, generator)
+        losses: list[Loss] = []
+        terms: dict[str, Tensor] = {}
+        for piece in (piece for one in drawn for piece in one.pieces(self.micro_batch)):
+            loss = piece.objective.loss(self.model, self.target, piece, progress)
+            value = piece.weight * loss.value
+            value.backward()
+            losses.append(loss._replace(value=value.detach()))
+            for name, term in loss.terms.items():
+                name += piece.name
+                terms[name] = terms[name] + term if name in terms else term  # what is not finite stays so
+        return Loss(
+            torch.stack([loss.value for loss in losses]).sum(),
+            torch.cat([loss.per_sample for loss in losses]),
+            torch.cat([loss.t for loss in losses]),
+            terms,
+        )
+
+    # --- rehearsal ---------------------------------------------------------------------------------------------------
+
+    @property
+    def networks(self) -> list[FlowMap]:
+        """All models in memory: the one that is trained, its target and averages, and those that were given."""
+        return [self.model, self.target, *(average for _, average in self.averages.values()), *self._others]
+
+    def rehearsal(self, count: int) -> int:
+        """As near to `count` as a batch can be in size: each of several objectives takes a sample."""
+        return min(max(count, len(self.recipe.objective.parts_of)), self.recipe.batch)
+
+    def rehearse(self, count: int) -> None:
+        """The gradient of so many images of the next batch, for its time and memory; a step begins without it."""
+        self.model.train()
+        self._backward(self.step / self.recipe.iterations, count)
+
+    def rehearse_update(self) -> None:
+        """What follows the gradient in a step. Moves the weights: for a trainer that is thrown away."""
+        self._clipped()
+        self.optimizer.step()
+        self._follow(self.step / self.recipe.iterations, self.images + self.recipe.batch)
+
+    # --- parts of a step ---------------------------------------------------------------------------------------------
+
+    def _clipped(self) -> Tensor:
+        """The norm of the gradient, which is then scaled down to the recipe's limit."""
+        parameters = [parameter for parameter in self._trained() if parameter.grad is not None]
+        limit = self.recipe.optimizer.clip_norm
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)  # type: ignore[misc]
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+        return norm
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the networks are compiled; no longer so after a compiler has failed."""
+        return bool(self._compiled)
+
+    def _uncompile(self) -> None:
+        for module in self._compiled:
+            module._compiled_call_impl = None
+        self._compiled = []
 
     def _check(self) -> None:
         """Raise if anything so far was not finite. Also called before weights leave, so none are saved that are not."""
@@ -207,10 +298,13 @@ class Trainer:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.recipe.optimizer, self._trained())
 
-    def _batch(self, generator: torch.Generator) -> Batch:
-        images, labels, *rest = self.data.batch(self.order.indices(self.images, self.recipe.batch))
+    def _batch(self, generator: torch.Generator, count: int | None = None) -> Batch:
+        """The next batch, or its first `count` images."""
+        images, labels, *rest = self.data.batch(self.order.indices(self.images, count or self.recipe.batch))
         assert images is not None
-        x0 = images.to(self.device).to(torch.float32, memory_format=torch.channels_last)
+        if self.device.type == "cuda":  # page-locked memory is copied while the host goes on
+            images = images.pin_memory()
+        x0 = images.to(self.device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
         if not images.is_floating_point():
             x0 = x0 / 127.5 - 1
         if self.recipe.flip:
@@ -233,12 +327,12 @@ class Trainer:
             augment,
         )
 
-    def _follow(self, progress: float) -> None:
+    def _follow(self, progress: float, images: int) -> None:
         """Move the target and the averages after the weights."""
         if self.target is not self.model:
             blend(self.target, self.model, self.recipe.objective.decay(progress))
         for rule, average in self.averages.values():
-            blend(average, self.model, rule.decay(self.images, self.recipe.batch))
+            blend(average, self.model, rule.decay(images, self.recipe.batch))
 
     def _frozen_copy(self, train: bool = False) -> FlowMap:
         # The target keeps dropping units as the model does (under the shared mask); averages are for sampling.
@@ -328,7 +422,10 @@ def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> t
         "adamw": torch.optim.AdamW,
     }
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    # One pass over memory where torch has a kernel for it.
+    known = all(p.device.type in ("cpu", "cuda") and p.dtype == torch.float32 for p in parameters)
+    way = {"fused": True} if config.rule != "radam" and known else {"foreach": True}
     optimizer: torch.optim.Optimizer = rules[config.rule](
-        parameters, **options, weight_decay=config.weight_decay, foreach=True
+        parameters, **options, weight_decay=config.weight_decay, **way
     )
     return optimizer

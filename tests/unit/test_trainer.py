@@ -306,6 +306,102 @@ def test_labels_are_left_out_where_the_network_knows_none():
     assert made._batch(torch.Generator()).labels is None
 
 
+# Pieces of a batch.
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("recipe", [one for one, _ in RUNS.values()], ids=RUNS.keys())
+def test_micro_batches_have_the_gradient_of_the_batch(recipe, size):
+    """With dropout, labels, targets, teachers, learned weights and several objectives."""
+    whole, pieces = trainer(recipe), trainer(recipe, micro_batch=size)
+    for made in (whole, pieces):
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():  # the last layers start with zeros, behind which gradients end
+            for a, b in zip(made.model.parameters(), made.target.parameters(), strict=True):
+                a.add_(torch.randn(a.shape, generator=generator), alpha=0.1)
+                b.copy_(a)
+    (expected,), (found,) = run(whole, 1), run(pieces, 1)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.per_sample, expected.per_sample, rtol=1e-3, atol=1e-5)
+    assert torch.equal(found.t, expected.t)
+    torch.testing.assert_close(found.grad_norm, expected.grad_norm, rtol=1e-3, atol=1e-6)
+    compared = 0
+    for a, b in zip(pieces._trained(), whole._trained(), strict=True):
+        if b.grad is not None:
+            scale = float(b.grad.abs().max())
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * scale + 1e-7)
+            compared += scale > 0
+    assert compared > 5
+
+
+def test_a_micro_batch_holds_an_image():
+    with pytest.raises(ConfigError, match="at least 1"):
+        trainer(EDM_RECIPE, micro_batch=0)
+    assert_same(*(one for one in (trainer(EDM_RECIPE), trainer(EDM_RECIPE, micro_batch=99)) if run(one)))
+
+
+@pytest.mark.parametrize("recipe", [EDM_RECIPE, CD_RECIPE, MEANFLOW_RECIPE], ids=lambda one: one.preset)
+def test_checkpointed_activations_make_the_same_run(recipe):
+    plain, again = trainer(recipe), trainer(recipe, checkpoint_activations=True)
+    for one, other in zip(run(plain, 2), run(again, 2), strict=True):
+        torch.testing.assert_close(one.per_sample, other.per_sample, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.grad_norm, other.grad_norm, rtol=1e-4, atol=1e-6)
+
+
+def compiler(function):
+    """A stand-in for torch.compile's backend."""
+
+    def made(module, *, dynamic):
+        assert dynamic is False
+        module._compiled_call_impl = lambda *args, **rest: function(module, *args, **rest)
+
+    return made
+
+
+def test_a_compiled_run_is_the_run(monkeypatch):
+    calls = []
+
+    def compiled(module, *args, **rest):
+        calls.append(module)
+        return module._call_impl(*args, **rest)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler(compiled))
+    plain, made = trainer(CD_RECIPE), trainer(CD_RECIPE, compiled=True)
+    run(plain), run(made)
+    assert made.compiled
+    assert {id(made.model.network), id(made.target.network)} < {id(module) for module in calls}
+    assert_same(plain, made)
+
+
+@pytest.mark.parametrize("when", [0, 5])
+def test_where_the_compiler_fails_the_networks_run_as_they_are(monkeypatch, when):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    calls = []
+
+    def failing(module, *args, **rest):
+        calls.append(module)
+        if len(calls) > when:
+            raise BackendCompilerFailed(failing, RuntimeError("no compiler"), None)
+        return module._call_impl(*args, **rest)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler(failing))
+    plain, made = trainer(CD_RECIPE), trainer(CD_RECIPE, compiled=True)
+    run(plain), run(made)
+    assert not made.compiled
+    assert len(calls) == when + 1
+    assert_same(plain, made)
+
+
+def test_other_errors_are_not_the_compilers(monkeypatch):
+    def failing(module, *args, **rest):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compiler(failing))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(trainer(CD_RECIPE, compiled=True))
+
+
 # What follows the weights.
 
 
@@ -382,14 +478,21 @@ class Poisoned(Objective):
         self.objective, self.made, self.step, self.poison = made.objective, made, step, poison
         self.stage, self.promote = made.objective.stage, made.objective.promote
 
-    def forward(self, *args):
-        loss = self.objective(*args)
+    def draw(self, *args):
+        drawn = self.objective.draw(*args)
+        self.parts = {one.name: one.objective for one in drawn}
+        return tuple(one._replace(objective=self) for one in drawn)
+
+    def loss(self, model, target, drawn, progress):
+        loss = self.parts[drawn.name].loss(model, target, drawn, progress)
         if self.made.step + 1 < self.step:  # the step in work is not counted yet
             return loss
         if self.poison == "gradient":
             loss.value.register_hook(lambda grad: grad * float("inf"))
             return loss
-        terms = {name: term * float("nan" if name == self.poison else 1) for name, term in loss.terms.items()}
+        terms = {
+            name: term * float("nan" if name + drawn.name == self.poison else 1) for name, term in loss.terms.items()
+        }
         return Loss(loss.value * float("nan"), loss.per_sample, loss.t, terms)
 
 
