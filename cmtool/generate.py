@@ -5,9 +5,10 @@ All of them are deterministic functions of (model, seeds): image k is the same i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,12 +17,23 @@ from cmtool import rng
 from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
 from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap, guided
+from cmtool.io import machine
 from cmtool.sampler import Landing, check_times, default_times
 from cmtool.sampler import sample as run_sampler
 from cmtool.solvers import DDIM, SOLVERS, Churn, Solver, solve
 from cmtool.times import Karras
 
-_BATCH_PIXELS = 256 * 64 * 64  # images a batch by default: 256 of 64x64
+T = TypeVar("T")
+
+# Pixels a batch by default, at most. On a CPU 8 images of 32x32 keep a thread as busy as any number, and more than some
+# dozen leave the caches: 7.7M parameters make 18.8, 19.2, 18.4, 17.9 and 16.1 images a second in batches of 8, 16, 32,
+# 64 and 128. Images of 16x16, whose layers are over soon, want to be 64 or 128.
+_PIXELS_A_THREAD, _PIXELS_ON_CPU, _PIXELS_ON_DEVICE = 2**13, 2**15, 2**20
+# Of feature maps as wide as the first layer a network holds at most about as many at once, skip connections included:
+# 9 to 14 are alive at the peak of ADM, DDPM++ and EDM2 of all sizes.
+_MAPS = 16
+_WIDTH = 512  # taken for the width of a network without convolutions
+_SHARE = 0.5  # of the free memory that a batch may take
 
 
 class Generated(NamedTuple):
@@ -84,7 +96,7 @@ def generate(
         landing: where a jump lands: "t_min" denoises and renoises, "next" goes on from the next time without noise.
             The default is "next" for two-time models, else "t_min".
         guidance: scale of classifier-free guidance; 1 is none. See `cmtool.flow.guided`.
-        batch: images at once; chosen by resolution if None.
+        batch: images at once; if None, as many as suit the model and the device, see `in_batches`.
         clip: clamp estimates to the image range on the way.
     Yields:
         A `Generated` a batch.
@@ -97,18 +109,16 @@ def generate(
     if solver == "ancestral" and churn is not None:
         raise UsageError("ancestral sampling adds noise already", "leave out the churn, or take another solver")
     classes = labels_for(model, seeds, labels)
-    size = max(1, _BATCH_PIXELS // model.card.resolution**2) if batch is None else batch
-    if size < 1:
-        raise UsageError(f"a batch holds at least 1 image, found {size}")
     if solver is not None:
         points = _solver_times(model, steps, times)
     elif times is not None:
         points = _times(model, times)
     else:
         points = default_times(model, 1 if steps is None else steps, how)
-    for first in range(0, len(seeds), size):
-        part = list(seeds[first : first + size])
-        wanted = None if classes is None else classes[first : first + size].to(model.device)
+
+    def make(at: slice) -> Generated:
+        part, known = list(seeds[at]), None if classes is None else classes[at]
+        wanted = None if known is None else known.to(model.device)
         noise = _noise(part, model)
         start = _start(model, points, noise)
         if solver is None:
@@ -116,7 +126,65 @@ def generate(
                 x, nfe = state.denoised, state.step
         else:
             x, nfe = _solve(model, start, points, noise, wanted, solver, churn, clip)
-        yield Generated(part, None if wanted is None else wanted.cpu(), x.clamp(-1, 1).cpu(), nfe)
+        return Generated(part, known, x.clamp(-1, 1).cpu(), nfe)  # new tensors, outside of inference mode
+
+    yield from in_batches(model, len(seeds), make, batch=batch, rows=1 if guidance == 1 else 2)
+
+
+def in_batches(
+    model: FlowMap, count: int, make: Callable[[slice], T], *, batch: int | None = None, rows: int = 1
+) -> Iterator[T]:
+    """What `make` makes of one slice of `count` images after another.
+
+    Args:
+        batch: images at once. If None, as many as suit the model, the device and its free memory, see
+            `automatic_batch`; if they turn out too many for it, half as many, and so on: the images are the same.
+        rows: what an image takes of the network's batch; 2 under guidance.
+    Raises:
+        UsageError: a batch of no image.
+        torch.OutOfMemoryError: too little for a single image, or for the batch asked for.
+    """
+    if batch is not None and batch < 1:
+        raise UsageError(f"a batch holds at least 1 image, found {batch}")
+    first, size = 0, batch or automatic_batch(model, rows)
+    if batch is None and count:
+        size = math.ceil(count / math.ceil(count / size))  # no small rest at the end
+    while first < count:
+        at = slice(first, min(first + size, count))
+        try:
+            made = make(at)
+        except torch.OutOfMemoryError:
+            if batch is not None or at.stop == first + 1:
+                raise
+            size = (at.stop - first) // 2
+        else:
+            yield made
+            first = at.stop
+
+
+def automatic_batch(model: FlowMap, rows: int = 1) -> int:
+    """How many images to compute at once: enough to keep the device busy, and no more than its memory has room for.
+
+    What an image needs is estimated from the network's first convolution; see `in_batches` for `rows`.
+    """
+    pixels = max(1, model.card.resolution**2)
+    if model.device.type == "cpu":
+        most = max(_PIXELS_ON_CPU, _PIXELS_A_THREAD * torch.get_num_threads())
+    else:
+        most = _PIXELS_ON_DEVICE
+    width = next((weight.shape[0] for weight in model.network.parameters() if weight.ndim == 4), _WIDTH)
+    needed = rows * _MAPS * width * pixels * (model.compute_dtype or torch.float32).itemsize
+    free = free_memory(model.device)
+    fits = most if free is None else int(_SHARE * free) // needed
+    return max(1, min(most // (rows * pixels), fits))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where nobody knows."""
+    if device.type != "cuda":
+        return machine.free_memory()  # the memory of other accelerators is the machine's
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def sample(
@@ -154,7 +222,7 @@ def sample(
         guidance=guidance,
         batch=batch,
     )
-    return torch.cat([part.images for part in parts])
+    return _joined((part.images for part in parts), len(seeds))
 
 
 def inpaint(
@@ -166,6 +234,7 @@ def inpaint(
     labels: Sequence[int] | int | None = None,
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Make the masked pixels of images new; the others stay exactly as they are.
 
@@ -175,6 +244,7 @@ def inpaint(
         masks: bool [B, 1, H, W] or [1, H, W], true where to make new pixels.
         seeds: one result each; default 0 to B-1.
         labels, times, steps: see `edit`.
+        batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1].
     """
@@ -186,9 +256,13 @@ def inpaint(
         raise DataError(f"the mask is {_size(masks)}, the image {_size(images)}", "give a mask of the image's size")
     if len(masks) > 1 and len(images) not in (1, len(masks)):
         raise DataError(f"{len(images)} images do not go with {len(masks)} masks", "give one of either, or as many")
-    op = Mask(masks.to(model.device))
-    known = op.A(images.to(model.device))
-    made = edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps).to(images)
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        op = Mask(_rows(masks, at).to(model.device))
+        known = op.A(_rows(images, at).to(model.device))
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
+
+    made = _edited(model, max(len(images), len(masks)), seeds, batch, part).to(images)
     # Through the [-1, 1] clamp of other pixels the known ones could only lose: put them back as they came.
     return torch.where(masks, made, images)
 
@@ -202,6 +276,7 @@ def colorize(
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
     weights: tuple[float, float, float] = Luma.weights,
+    batch: int | None = None,
 ) -> Tensor:
     """Colour grey images; the luma stays.
 
@@ -209,6 +284,7 @@ def colorize(
         images: float32 [B, 1 or 3, H, W] in [-1, 1]; of a colour image only the luma is used.
         weights: of R, G and B in the luma.
         seeds, labels, times, steps: see `edit`.
+        batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), 3, H, W] in [-1, 1].
     """
@@ -218,7 +294,12 @@ def colorize(
     if images.shape[1] not in (1, 3):
         raise DataError(f"an image to colour has 1 or 3 channels, found {images.shape[1]}")
     op = Luma(weights)
-    return edit(model, op, op.A(images.to(model.device)), seeds=seeds, labels=labels, times=times, steps=steps)
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        known = op.A(_rows(images, at).to(model.device))
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
+
+    return _edited(model, len(images), seeds, batch, part)
 
 
 def superres(
@@ -230,12 +311,14 @@ def superres(
     labels: Sequence[int] | int | None = None,
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
+    batch: int | None = None,
 ) -> Tensor:
     """Enlarge images; the mean of every factor x factor block is the small image's pixel.
 
     Args:
         images: float32 [B, C, H / factor, W / factor] in [-1, 1], H and W the model's resolution.
         seeds, labels, times, steps: see `edit`.
+        batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1].
     """
@@ -243,10 +326,13 @@ def superres(
     if factor < 2:
         raise UsageError(f"an enlargement needs a factor of at least 2, found {factor}")
     op = AvgPool(factor)
-    return edit(model, op, images.to(model.device), seeds=seeds, labels=labels, times=times, steps=steps)
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        return edit(model, op, _rows(images, at), seeds=seeds, labels=labels, times=times, steps=steps)
+
+    return _edited(model, len(images), seeds, batch, part)
 
 
-@torch.no_grad()
 def edit(
     model: FlowMap,
     op: Degradation,
@@ -257,7 +343,9 @@ def edit(
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
 ) -> Tensor:
-    """Zero-shot editing with any linear operator: Algorithm 4 of Song et al. (2023), arXiv:2303.01469.
+    """Zero-shot editing with any linear operator, of all images at once.
+
+    Algorithm 4 of Song et al. (2023), arXiv:2303.01469.
 
     Args:
         model: a consistency model.
@@ -274,11 +362,8 @@ def edit(
         raise UsageError(
             "zero-shot editing needs a consistency model, and this is a denoiser", "distil it first: cmtool distill"
         )
-    if seeds is None:
-        seeds = range(len(known))
-    if not len(seeds):
-        raise UsageError("there is no image to make", "ask for at least one")
-    known = known.to(model.device)
+    seeds = _seeds(seeds, len(known))
+    known = known.detach().to(model.device)
     filled = op.pinv(known)
     if tuple(filled.shape[1:]) != model.card.image_shape:
         raise DataError(
@@ -286,18 +371,18 @@ def edit(
             f"{model.card.resolution}x{model.card.resolution} with {model.card.channels}",
             "give an image of the size this model needs",
         )
-    if len(known) not in (1, len(seeds)):
-        raise UsageError(f"{len(known)} images do not go with {len(seeds)} seeds")
     points = edit_times(model, steps) if times is None else _times(model, times)
     classes = labels_for(model, seeds, labels)
-    noise = _noise(list(seeds), model)
+    noise = _noise(seeds, model)
+    wanted = None if classes is None else classes.to(model.device)
     t_min, t_max = points.new_tensor(model.path.t_min), points[0]
     start = model.path.diffuse(filled.expand(len(seeds), -1, -1, -1), t_min, t_max, noise(0))
     constrain = partial(project, op, y=known)
-    wanted = None if classes is None else classes.to(model.device)
     for state in run_sampler(model, start, points, noise=noise, constrain=constrain, labels=wanted):
         x = state.denoised
-    return to_range(op, x, known).cpu()
+    with torch.inference_mode():
+        made = to_range(op, x, known)
+    return made.to("cpu", copy=True)  # an ordinary tensor, outside of inference mode
 
 
 def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
@@ -308,6 +393,47 @@ def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
     if steps < 1:
         raise UsageError(f"editing needs at least 1 step, found {steps}")
     return Karras(model.card.grid_rho).times(model.path, steps + 1)[:-1]
+
+
+def _edited(
+    model: FlowMap,
+    rows: int,
+    seeds: Sequence[int] | None,
+    batch: int | None,
+    part: Callable[[slice, list[int]], Tensor],
+) -> Tensor:
+    """The edits of `rows` known images (or of a single one), made by `part(slice, its seeds)`."""
+    wanted = _seeds(seeds, rows)
+    parts = in_batches(model, len(wanted), lambda at: part(at, wanted[at]), batch=batch)
+    return _joined(parts, len(wanted))
+
+
+def _seeds(seeds: Sequence[int] | None, rows: int) -> list[int]:
+    """One seed a result, for one image or as many as there are seeds."""
+    seeds = list(range(rows)) if seeds is None else list(seeds)
+    if not seeds:
+        raise UsageError("there is no image to make", "ask for at least one")
+    if rows not in (1, len(seeds)):
+        raise UsageError(f"{rows} images do not go with {len(seeds)} seeds")
+    return seeds
+
+
+def _rows(x: Tensor, at: slice) -> Tensor:
+    """The rows of a slice; a single row is for all."""
+    return x if len(x) == 1 else x[at]
+
+
+def _joined(parts: Iterable[Tensor], count: int) -> Tensor:
+    """All `count` rows in one tensor, without holding them twice."""
+    whole, first = torch.empty(0), 0
+    for part in parts:
+        if len(part) == count:
+            return part
+        if first == 0:
+            whole = part.new_empty(count, *part.shape[1:])
+        whole[first : first + len(part)] = part
+        first += len(part)
+    return whole
 
 
 def _check_role(model: FlowMap, solver: str | None, landing: Landing | None) -> None:
@@ -322,7 +448,7 @@ def _check_role(model: FlowMap, solver: str | None, landing: Landing | None) -> 
 
 
 def _times(model: FlowMap, times: Sequence[float] | Tensor) -> Tensor:
-    return check_times(model, torch.as_tensor(times, dtype=torch.float32))
+    return check_times(model, torch.as_tensor(times, dtype=torch.float32, device="cpu"))
 
 
 def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Tensor | None) -> Tensor:
@@ -373,7 +499,7 @@ def _noise(seeds: list[int], model: FlowMap) -> Callable[[int], Tensor]:
 
 def _start(model: FlowMap, points: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
     # x_T ~ N(0, sigma_max^2): the data's share at t_max is lost in the noise, as in the reference.
-    return model.path.sigma(points[0]).to(model.device) * noise(0)
+    return model.path.sigma(points[0]) * noise(0)
 
 
 def _images(images: Tensor) -> Tensor:

@@ -66,8 +66,10 @@ def sample(
     """
     if bool((times[1:] >= times[:-1]).any()):
         raise ValueError("sampling times must decrease")
-    path, x, batch = model.path, start, start.shape[0]
-    t_min = x.new_tensor(path.t_min)
+    path, x, batch = model.path, start, (start.shape[0],)
+    # The loop reads its times on the CPU, where it waits for no device; there a single one is a plain factor.
+    times = times.to("cpu", x.dtype)
+    t_min = times.new_tensor(path.t_min)
 
     def cleaned(x0: Tensor) -> Tensor:
         x0 = x0.clamp(-1, 1) if clip else x0
@@ -75,12 +77,12 @@ def sample(
 
     for i, t in enumerate(times, start=1):
         last = i == len(times)
-        here = t.to(x).expand(batch)
-        after = (times[i].to(x) if landing == "next" and not last else t_min).expand(batch)
+        then = t_min if last else times[i]
+        here, after = (x.new_full(batch, float(time)) for time in (t, then if landing == "next" else t_min))
         landed = model.jump(x, here, after, labels)
         if landing == "next":
             # The jump is read as a clean image held fixed on the way, which is what can be clipped and projected.
-            still = bool((here == after).any())
+            still = bool(t == then)
             x0 = cleaned(landed if still else path.implied(x, landed, here, after))
             moved = x0 if still else path.transport(x, x0, here, after)
             yield SampleState(i, float(t), x, cleaned(moved) if last else x0)
@@ -88,7 +90,7 @@ def sample(
         else:
             x0 = cleaned(landed)
             yield SampleState(i, float(t), x, x0)
-            x = x if last else path.diffuse(x0, t_min, times[i].to(x), noise(i).to(x))
+            x = x if last else path.diffuse(x0, t_min, then, noise(i).to(x))
 
 
 def default_times(model: FlowMap, steps: int, landing: Landing = "t_min") -> Tensor:

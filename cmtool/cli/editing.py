@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import ModelCard
     from cmtool.generate import Generated
 
-    Edit = Callable[..., Tensor]  # edit(model, seeds=, labels=, times=, steps=) -> float32 [len(seeds), C, H, W]
-
-_BATCH_PIXELS = 2**20  # images at once by default: 256 of 64x64
+    Edit = Callable[
+        ..., Tensor
+    ]  # edit(model, seeds=, labels=, times=, steps=, batch=) -> float32 [len(seeds), C, H, W]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     images.one_result(request.as_json, request.out)
     targets = images.places(request.out, seeds)
 
-    from cmtool.generate import Generated, labels_for
+    from cmtool.generate import Generated, in_batches, labels_for
 
     imported = images.read_model(request.model, role="consistency")
     card = imported.card
@@ -58,15 +58,14 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     named = request.labels
     labels = None if named is None else options.parse_labels(named, card.num_classes, card.class_names)
     model = images.ready(imported, device=request.device, precision=request.precision)
-    size = request.batch or max(1, _BATCH_PIXELS // card.resolution**2)
 
-    def batches() -> Iterator[Generated]:
-        for first in range(0, len(seeds), size):
-            part = seeds[first : first + size]
-            made = edit(model, seeds=part, labels=labels, times=times, steps=request.edit_steps)
-            yield Generated(part, labels_for(model, part, labels), made, 0)
+    def make(at: slice) -> Generated:
+        part = seeds[at]
+        made = edit(model, seeds=part, labels=labels, times=times, steps=request.edit_steps, batch=len(part))
+        return Generated(part, labels_for(model, part, labels), made, 0)
 
-    described = [entry for entry, _ in images.save(title, batches(), seeds, targets, on_stdout=not request.as_json)]
+    made = in_batches(model, len(seeds), make, batch=request.batch)
+    described = [entry for entry, _ in images.save(title, made, seeds, targets, on_stdout=not request.as_json)]
     if request.as_json:
         console.emit_json({"images": described, "image": request.image, "model": request.model})
 

@@ -13,6 +13,8 @@ from cmtool.cli import console, options
 from cmtool.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch import Tensor
 
     from cmtool.flow.flow_map import FlowMap, Role
@@ -113,30 +115,60 @@ def labels(model: FlowMap, text: str | None) -> list[int] | None:
 def save(
     title: str, made: Iterable[Generated], seeds: Sequence[int], targets: Sequence[str | None], *, on_stdout: bool
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Write images as they are made; yields (description, uint8 image [C, H, W]) of each.
+    """Write images as they are made, each batch while the next one is computed.
+
+    Yields (description, uint8 image [C, H, W]) of each once it is written, in the order of `seeds`.
 
     Args:
         made: batches in the order of `seeds`.
         targets: a place for each seed; None: not written by itself.
         on_stdout: print the path of each file, as a result of the command.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     from cmtool.io.images import to_uint8, write_image
 
+    def written() -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for entry, image, writing in waiting:
+            if writing is not None:
+                writing.result()
+                if on_stdout:
+                    console.emit_line(entry["path"])
+            yield entry, image
+
     done = 0
-    with console.progress(title, len(seeds)) as update:
-        for batch in made:
-            if not bool(batch.images.isfinite().all()):
-                raise CheckpointError(
-                    "the model makes images with values that are not finite",
-                    "its weights may be damaged; cmtool info says more",
-                )
-            classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.tolist()
-            for seed, label, image in zip(batch.seeds, classes, to_uint8(batch.images), strict=True):
-                target = targets[done]
-                done += 1
-                if target is not None:
-                    write_image(target, image)
-                    if on_stdout and target != "-":
-                        console.emit_line(target)
-                yield {"path": target, "seed": seed, "label": label}, image
-            update(done)
+    waiting: list[tuple[dict[str, Any], Tensor, Future[None] | None]] = []
+    # One thread: several would wait for each other, as Pillow encodes under Python's lock, and lose the order.
+    writer = ThreadPoolExecutor(1, "writer")
+    try:
+        with console.progress(title, len(seeds)) as update:
+            for batch in _and_error(made):
+                yield from written()
+                waiting = []
+                if isinstance(batch, Exception):
+                    raise batch
+                if not bool(batch.images.isfinite().all()):
+                    raise CheckpointError(
+                        "the model makes images with values that are not finite",
+                        "its weights may be damaged; cmtool info says more",
+                    )
+                classes = [None] * len(batch.seeds) if batch.labels is None else batch.labels.tolist()
+                for seed, label, image in zip(batch.seeds, classes, to_uint8(batch.images), strict=True):
+                    target = targets[done]
+                    done += 1
+                    if target == "-":  # from this thread: Ctrl-C gets it out of a pipe that nobody reads
+                        write_image(target, image)
+                    writing = None if target in (None, "-") else writer.submit(write_image, str(target), image)
+                    waiting.append(({"path": target, "seed": seed, "label": label}, image, writing))
+                update(done)
+            yield from written()
+    finally:
+        writer.shutdown(cancel_futures=True)
+
+
+def _and_error(made: Iterable[Generated]) -> Iterator[Generated | Exception]:
+    """The batches, and at last the error that ended them, if one did: what was made before it is still written."""
+    try:
+        yield from made
+    except Exception as error:
+        yield error

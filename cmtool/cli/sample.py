@@ -16,7 +16,19 @@ def sample(
         str | None, typer.Option("--out", metavar="PATH", help="A folder, a file, a name with {seed}; - writes a pipe.")
     ] = None,
     grid: Annotated[str | None, typer.Option("--grid", metavar="FILE", help="All images in one picture.")] = None,
-    seeds: options.Seeds = "0",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds",
+            metavar="LIST",
+            help="One image a seed: 0-63,100. [default: 0]",
+            **options.parsed(options.parse_seeds),
+        ),
+    ] = None,
+    num: Annotated[
+        int | None,
+        typer.Option("--num", "-n", metavar="N", min=1, max=options.MAX_SEEDS, help="How many: the seeds 0 to N-1."),
+    ] = None,
     labels: options.Labels = None,
     steps: Annotated[
         int | None,
@@ -43,7 +55,9 @@ def sample(
     consistency model follows x' = (x - f) / t: no new noise either, but the more steps, the wider its images spread.
     The image of a seed is the same whatever other seeds are asked for.
     """
-    wanted = options.parse_seeds(seeds)
+    if num is not None and seeds is not None:
+        raise UsageError("--num and --seeds say the same thing twice", "give one of the two")
+    wanted = options.parse_seeds(f"0-{num - 1}" if num is not None else seeds or "0")
     if out is None and grid is None:
         raise UsageError("there is no place for the images", "add --out out/ or --grid grid.png")
     if steps is not None and times is not None:

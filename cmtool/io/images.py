@@ -24,7 +24,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from cmtool.errors import DataError, UsageError
@@ -179,7 +179,7 @@ def to_uint8(x: Tensor) -> Tensor:
     """Images in [-1, 1] as uint8: clamp, then round (x + 1) * 127.5. Any shape."""
     if torch.isnan(x).any():
         raise ValueError("images with NaN have no colours")
-    return x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return x.detach().float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
 def from_uint8(u: Tensor) -> Tensor:
@@ -225,6 +225,8 @@ def captioned_rows(
     Returns:
         uint8 [3, H', W'].
     """
+    from PIL import ImageDraw, ImageFont
+
     if not rows:
         raise ValueError("no rows")
     strips = [grid(images, columns or len(images), pad, scale) for _, images in rows]
@@ -435,6 +437,8 @@ def _split_alpha(image: Image.Image, name: str) -> tuple[Image.Image, Image.Imag
     if image.mode in ("I", "F"):
         return _levels(image, name), None
     if image.mode == "LAB":
+        from PIL import ImageCms
+
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         colour = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
         assert colour is not None  # it is None only when asked to work in place
