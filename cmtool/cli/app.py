@@ -18,6 +18,7 @@ from typer.main import get_command
 from cmtool import __version__, errors
 from cmtool.cli import (
     average,
+    bench,
     colorize,
     console,
     convert,
@@ -53,6 +54,7 @@ app.command("info")(info.info)
 app.command("convert", short_help="Write a model in another format, checked.")(convert.convert)
 app.command("average", short_help="List or write a run's averaged weights.")(average.average)
 app.command("fetch", short_help="Download models ahead of time.")(fetch.fetch)
+app.command("bench", short_help="Measure this machine beside plain PyTorch.")(bench.bench)
 app.add_typer(models.app, name="models")
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
@@ -143,8 +145,10 @@ def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
     if isinstance(error, _ClickException):
         message, hint = _usage(error)
         return message, hint + ("" if not hint else " " if hint.endswith("?") else "; ") + see, error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {error}", "try a smaller --batch, or --device cpu", 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
+        trains = _command_path(argv).split()[-1] in ("train", "distill")
+        hint = "add --micro-batch auto or --checkpoint-activations" if trains else "try a smaller --batch"
+        return f"out of memory: {error}", f"{hint}, or --device cpu", 1
     if isinstance(error, OSError) and error.strerror:
         places = ", ".join(repr(os.fspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str))
         return f"{error.strerror}: {places}".rstrip(": "), "check the path, the permissions and the space left", 1
@@ -167,6 +171,8 @@ def _usage(error: Any) -> tuple[str, str]:
     message = error.format_message().rstrip(".")
     return message[:1].lower() + message[1:], ""
 
+
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # what torch says of a CPU's
 
 _EXPECTED = {
     "int_parsing": "a whole number",

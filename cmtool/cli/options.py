@@ -137,6 +137,19 @@ def parse_count(text: str, option: str = "count") -> int:
     return int(value)
 
 
+def parse_micro_batch(text: str) -> int | None:
+    """`auto` as None, or a positive whole number.
+
+    Raises:
+        UsageError: neither.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) < 1:
+        raise UsageError(f"--micro-batch {text}: expected a positive whole number or auto", "for example 16, or auto")
+    return int(text)
+
+
 def _parts(text: str, option: str, hint: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):

@@ -85,6 +85,25 @@ class Request:
         Path | None,
         typer.Option("--config", metavar="PATH", help="A run or its config.json: the options not given here."),
     ] = None
+    micro_batch: Annotated[
+        str | None,
+        typer.Option(
+            "--micro-batch",
+            metavar="N|auto",
+            help="Images whose gradient is computed at once: less memory, the same result. auto: as many as fit. "
+            "[default: the batch]",
+            **options.parsed(options.parse_micro_batch),
+        ),
+    ] = None
+    checkpoint_activations: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-activations", help="Compute what the backward pass needs again: less memory, slower."
+        ),
+    ] = False
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks first.")
+    ] = False
     device: options.Device = "auto"
     precision: options.Precision = "auto"
     log_every: Annotated[int | None, typer.Option("--log-every", metavar="N", min=1, help="Steps between metrics.")] = (
@@ -97,7 +116,12 @@ class Request:
         int | None, typer.Option("--sample-every", metavar="N", min=0, help="Steps between sample grids; 0 is never.")
     ] = None
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", "-n", help="Check everything, print the settings, start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            "-n",
+            help="Check everything, print the settings, the memory and the time it takes; start nothing.",
+        ),
     ] = False
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False

@@ -87,11 +87,8 @@ def run(request: Request) -> None:
     config = _config(recipe, settings, data)
     if resumed:
         _check_unchanged(config, earlier, folder.path)
-    if request.dry_run:
-        _describe(config, request.as_json)
-        return
-
     card = _card(recipe, settings, data, teacher, init)
+    micro = options.parse_micro_batch(request.micro_batch) if request.micro_batch else recipe.batch
     trainer = _trainer(
         recipe,
         data,
@@ -102,11 +99,19 @@ def run(request: Request) -> None:
         seed=settings["seed"],
         device=device,
         compute_dtype=compute,
+        micro_batch=micro,
+        checkpoint_activations=request.checkpoint_activations,
+        compiled=request.compile_,
     )
+    state = folder.latest() if resumed else None
+    if state is not None:
+        trainer.load_state_dict(state)
+    if micro is None:
+        trainer.micro_batch = _fitting(trainer)
+    if request.dry_run:
+        _describe(config, trainer, request.as_json)
+        return
     if resumed:
-        state = folder.latest()
-        if state is not None:
-            trainer.load_state_dict(state)
         folder.rewind(trainer.step)
     else:
         if request.resume:
@@ -425,13 +430,47 @@ def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], out: 
             )
 
 
-def _describe(config: Mapping[str, Any], as_json: bool) -> None:
-    """What --dry-run prints."""
+def _fitting(trainer: Trainer) -> int | None:
+    """The micro-batch of `--micro-batch auto`."""
+    from cmtool.generate import free_memory
+    from cmtool.training.forecast import fitting_micro_batch
+
+    free = free_memory(trainer.device)
+    if free is None:
+        raise UsageError(
+            f"--micro-batch auto: nobody knows how much memory is free on {trainer.device}", "give a number instead"
+        )
+    found = fitting_micro_batch(trainer, free)
+    if found is not None:
+        console.note(f"a batch of {trainer.recipe.batch} does not fit at once: micro-batches of {found}")
+    return found
+
+
+def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> None:
+    """What --dry-run prints: the settings, and what the run will take as a rehearsal tells."""
+    from cmtool.training.forecast import forecast
+
+    expected = forecast(trainer)
     if as_json:
-        console.emit_json(config)
-    else:
-        rest = {name: value for name, value in config.items() if name != "recipe"}
-        console.emit_rows([*options.settings(config["recipe"]), *options.settings(rest)])
+        console.emit_json({**config, "forecast": expected._asdict()})
+        return
+    rest = {name: value for name, value in config.items() if name != "recipe"}
+    gib = 2**30
+    console.emit_rows(
+        [
+            *options.settings(config["recipe"]),
+            *options.settings(rest),
+            ("parameters", f"{expected.parameters:,}"),
+            (
+                "memory",
+                f"{expected.memory_bytes / gib:.3g} GiB: {expected.weights_bytes / gib:.3g} of weights, gradients and "
+                f"the optimizer, {expected.bytes_per_image / 2**20:.3g} MiB an image in micro-batches of "
+                f"{expected.micro_batch}",
+            ),
+            ("speed", f"{expected.images_per_second:.3g} images/s on {trainer.device}"),
+            ("time", console.clock(expected.seconds)),
+        ]
+    )
 
 
 # Running.
@@ -532,6 +571,8 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
             update(report.step, text)
             if ending:
                 break
+    if request.compile_ and not trainer.compiled:
+        console.note("torch.compile failed on these networks: they ran as they are")
     if trainer.step == first:
         console.note(f"nothing left to do: the run has made its {total:,} steps")
     model = folder.path / "model.safetensors"

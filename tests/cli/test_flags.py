@@ -10,13 +10,13 @@ MAKE = "--batch --device --precision --json"
 EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
     --crop --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every
-    --dry-run -n --resume --overwrite {MAKE}"""
+    --micro-batch --checkpoint-activations --compile --no-compile --dry-run -n --resume --overwrite {MAKE}"""
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
     "distill": f"--teacher --guidance {TRAIN}",
     "pairs": f"--model --out --count -n --seeds --labels --solver --steps --guidance {MAKE}",
-    "sample": f"""--model --out --grid --seeds --labels --steps --times --solver --churn --landing --guidance
+    "sample": f"""--model --out --grid --seeds --num -n --labels --steps --times --solver --churn --landing --guidance
         --clip --no-clip --role {MAKE}""",
     "inpaint": f"--mask --invert-mask {EDIT}",
     "colorize": EDIT,
@@ -30,6 +30,7 @@ FLAGS = {
     "presets": "",
     "presets ls": "--json",
     "presets show": "NAME --recipe --no-recipe --resolution --json",
+    "bench": "--rows --batch --rounds --threads --quick --peer --no-peer --device --precision --json",
     "data": "",
     "data inspect": "PATH --json",
     "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",

@@ -103,7 +103,12 @@ def test_a_dry_run_checks_everything_and_writes_nothing(train, tmp_path):
     assert rows["iterations"] == "4"
     assert rows["network.num_classes"] == "3"
     assert not (tmp_path / "run").exists()
-    assert json.loads(train("run", "--dry-run", "--json").stdout)["recipe"]["iterations"] == 4
+    (speed,) = (line for line in result.lines if line.startswith("speed"))
+    assert float(speed.split()[1]) > 0
+    assert speed.endswith("images/s on cpu")
+    assert {"parameters", "memory", "time"} <= {line.split()[0] for line in result.lines}
+    told = json.loads(train("run", "--dry-run", "--json").stdout)
+    assert told["recipe"]["iterations"] == 4
     train("run", "--dry-run", "--set", "optimizer.lrr=1").error(2, "lrr", "did you mean lr?")
 
 
@@ -112,6 +117,7 @@ def test_precedence_defaults_preset_config_flags(train, cli, tmp_path):
     again = ("train", "--config", tmp_path / "run", "--dry-run", "--json", "--out", tmp_path / "x")
     plain = json.loads(cli(*again).stdout)
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert plain.pop("forecast")["images_per_second"] > 0
     assert plain == stored
     changed = json.loads(cli(*again, "--seed", 6, "--batch", 8, "--set", "batch=2", "--set", "flip=true").stdout)
     assert changed["seed"] == 6
@@ -134,7 +140,7 @@ def test_the_same_config_makes_the_same_weights(train, cli, tmp_path):
 
 
 def test_the_network_is_chosen_by_size(cli, pictures, tmp_path):
-    ask = ("train", "--data", pictures, "--preset", "edm", "--out", tmp_path / "x", "--dry-run", "--json")
+    ask = ("train", "--data", pictures, "--preset", "edm", "--out", tmp_path / "x", "--dry-run", "--json", "--batch", 4)
     chosen = json.loads(cli(*ask, "--network", "tiny").stdout)["recipe"]["network"]
     assert chosen == spec.to_dict(configs.tiny(chosen["resolution"], 3, 3))
     changed = cli(*ask, "--network", "tiny", "--set", "network.dropout=0.5")
@@ -150,7 +156,8 @@ def test_a_resolution_no_network_can_halve(cli, pictures, tmp_path):
 
 def test_a_network_is_fitted_to_its_method(cli, pictures, tmp_path):
     """A named size is the body; a second time, an augmentation vector and dropout are the method's."""
-    ask = ("train", "--data", pictures, "--out", tmp_path / "x", "--dry-run", "--json", "--network", "tiny", "--preset")
+    ask = ("train", "--data", pictures, "--out", tmp_path / "x", "--dry-run", "--json", "--batch", 8)
+    ask = (*ask, "--network", "tiny", "--preset")
     base = spec.to_dict(configs.tiny(8, 3, 3))
     for preset, changes in {
         "meanflow": {"two_times": True},
@@ -164,6 +171,7 @@ def test_a_network_is_fitted_to_its_method(cli, pictures, tmp_path):
 def test_a_student_has_its_teachers_network(train, cli, pictures, tmp_path):
     assert train("teacher").code == 0
     ask = ("distill", "--teacher", tmp_path / "teacher", "--data", pictures, "--preset", "cd", "--out", tmp_path / "x")
+    ask = (*ask, "--batch", 4)
     cli(*ask, "--dry-run", "--network", "tiny").error(2, "has a network already", "init_from_teacher=false")
     cli(*ask, "--dry-run", "--set", "network.channels=16").error(2, "another network", "--set network")
     assert cli(*ask, "--dry-run", "--set", "network.dropout=0.1").code == 0
@@ -426,7 +434,9 @@ def test_augmentation_is_told_to_the_network(train, cli, tmp_path):
     assert config["recipe"]["augment"]["kind"] == "augment"
     assert config["recipe"]["network"]["augment_dim"] == 9
     again = cli("train", "--config", tmp_path / "run", "--out", tmp_path / "x", "--dry-run", "--json")
-    assert json.loads(again.stdout) == config
+    told = json.loads(again.stdout)
+    assert told.pop("forecast")
+    assert told == config
     made = cli("sample", "--model", tmp_path / "run", "--out", tmp_path / "x.png", "--solver", "heun", "--steps", 2)
     assert made.code == 0, made.stderr  # which is told nothing
     train("y", "--set", "augment=augment", "--set", "network.augment_dim=4").error(2, "augment_dim=9")
