@@ -220,6 +220,10 @@ def _training(name: str, setup: Setup) -> Callable[[], Any]:
     target = _copy(net) if name.startswith("cd-") else None
     teacher = None if name in ("edm", "ect") else unet(setup).requires_grad_(False)
     weight = AdaptiveWeight().to(device) if name == "scd" else None
+    if name == "scd":
+        for module in net.modules():
+            if isinstance(module, nn.GroupNorm):  # its forward-mode derivative fails on what attention returns
+                module.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
     parameters = [*net.parameters(), *(weight.parameters() if weight is not None else ())]
     optimizer: torch.optim.Optimizer = torch.optim.RAdam(parameters, lr=LEARNING_RATE)
     if name == "edm":

@@ -19,7 +19,7 @@ import torch
 from cmtool.errors import UserError
 from cmtool.io import machine
 
-_PATIENCE = 5.0  # seconds until a process that was asked to end is made to
+_MOMENT, _PATIENCE = 1.0, 5.0  # seconds until a process that is to end is asked to, and then is made to
 _HINT = "try a smaller --batch, or leave the row out of --rows"
 
 Make = Callable[..., Callable[[], Any]]
@@ -75,9 +75,10 @@ class Worker:
         return found
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process, whatever it is doing; one that waits for a word leaves by itself, and tidies up."""
         self._pipe.close()
         if self._process.pid is not None:
+            self._process.join(_MOMENT)
             self._process.terminate()
             self._process.join(_PATIENCE)
             if self._process.is_alive():

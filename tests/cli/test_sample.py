@@ -294,3 +294,60 @@ def test_a_mistyped_ending_makes_no_folder(cli, folder, tmp_path, name):
     assert not (tmp_path / name).exists()
     assert cli(*ask, f"{tmp_path / name}/").code == 0
     assert (tmp_path / name / "000000.png").is_file()
+
+
+def test_num_is_how_many(cli, student, tmp_path):
+    result = cli("sample", "--model", student, "-n", 3, "--out", tmp_path / "out")
+    assert sorted(os.listdir(tmp_path / "out")) == ["000000.png", "000001.png", "000002.png"]
+    assert result.lines == [str(tmp_path / "out" / f"{seed:06d}.png") for seed in range(3)]
+    both = cli("sample", "--model", student, "-n", 3, "--seeds", "0-2", "--out", tmp_path / "x")
+    both.error(2, "--num and --seeds", "one of the two")
+    cli("sample", "--model", student, "-n", 0, "--out", tmp_path / "x").error(2, "-n")
+
+
+def test_files_are_written_while_the_next_batch_is_made(cli, student, tmp_path, monkeypatch):
+    """In the order of the seeds, each whole; a batch is on the disk when the next but one begins."""
+    events, write = [], files.write_image
+    monkeypatch.setattr(files, "write_image", lambda path, image: (write(path, image), events.append(str(path))))
+
+    def made(*args, **rest):
+        for part in generate(*args, **rest):
+            events.append(part.seeds)
+            yield part
+
+    monkeypatch.setattr("cmtool.generate.generate", made)
+    result = cli("sample", "--model", student, "-n", 6, "--batch", 2, "--out", tmp_path / "out")
+    assert result.code == 0, result.stderr
+    assert [event for event in events if isinstance(event, str)] == result.lines
+    assert [event for event in events if isinstance(event, list)] == [[0, 1], [2, 3], [4, 5]]
+    assert events.index(result.lines[1]) < events.index([4, 5])
+
+
+def test_a_disk_that_fills_up_ends_it(cli, student, tmp_path, monkeypatch):
+    write = files.write_image
+
+    def full(path, image):
+        if "000003" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, image)
+
+    monkeypatch.setattr(files, "write_image", full)
+    result = cli("sample", "--model", student, "-n", 8, "--batch", 2, "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "No space left on device" in result.stderr
+    assert result.lines == [
+        str(tmp_path / "out" / f"{seed:06d}.png") for seed in range(3)
+    ]  # what is there, and no more
+
+
+def test_what_was_made_before_an_error_is_kept(cli, student, tmp_path, monkeypatch):
+    def failing(*args, **rest):
+        yield next(generate(*args, **rest))
+        raise MemoryError("17 GB")
+
+    monkeypatch.setattr("cmtool.generate.generate", failing)
+    result = cli("sample", "--model", student, "-n", 8, "--batch", 2, "--out", tmp_path / "out")
+    assert result.code == 1
+    assert "out of memory" in result.stderr
+    assert sorted(os.listdir(tmp_path / "out")) == ["000000.png", "000001.png"]
+    assert len(result.lines) == 2

@@ -112,6 +112,55 @@ def test_a_dry_run_checks_everything_and_writes_nothing(train, tmp_path):
     train("run", "--dry-run", "--set", "optimizer.lrr=1").error(2, "lrr", "did you mean lr?")
 
 
+def test_a_dry_run_can_be_the_config(train, cli, tmp_path):
+    (tmp_path / "plan.json").write_bytes(train("run", "--dry-run", "--json").stdout)
+    assert cli("train", "--config", tmp_path / "plan.json", "--out", tmp_path / "run", "--sample-every", 0).code == 0
+
+
+def test_micro_batches_make_the_same_run(train, tmp_path):
+    assert train("whole").code == 0
+    assert train("pieces", "--micro-batch", 3, "--checkpoint-activations").code == 0
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "pieces"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    for bad in ("0", "x", "-1", "1.5", ""):
+        train("x", "--micro-batch", bad).error(2, "--micro-batch", "auto")
+
+
+def test_a_micro_batch_that_fits(train, tmp_path, monkeypatch):
+    result = train("roomy", "--micro-batch", "auto")
+    assert result.code == 0
+    assert "micro-batch" not in result.stderr
+    monkeypatch.setattr("cmtool.generate.free_memory", lambda device: None)
+    train("x", "--micro-batch", "auto").error(2, "nobody knows", "give a number")
+    monkeypatch.setattr("cmtool.training.forecast.fitting_micro_batch", lambda trainer, free: 2)
+    monkeypatch.setattr("cmtool.generate.free_memory", lambda device: 10**6)
+    cramped = train("cramped", "--micro-batch", "auto")
+    assert "micro-batches of 2" in cramped.stderr
+    assert metrics(tmp_path / "cramped")[-1]["loss"] == pytest.approx(metrics(tmp_path / "roomy")[-1]["loss"], rel=1e-4)
+    told = json.loads(train("x", "--micro-batch", "auto", "--dry-run", "--json").stdout)
+    assert told["forecast"]["micro_batch"] == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("cmtool.generate.free_memory", lambda device: 10**4)
+    train("x", "--micro-batch", "auto").error(2, "not even one image fits", "--checkpoint-activations")
+
+
+def test_a_compiler_that_fails_is_told(train, tmp_path, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def failing(module, *, dynamic):
+        def call(*args, **rest):
+            raise BackendCompilerFailed(failing, RuntimeError("none"), None)
+
+        module._compiled_call_impl = call
+
+    assert train("plain").code == 0
+    monkeypatch.setattr(torch.nn.Module, "compile", failing)
+    result = train("compiled", "--compile")
+    assert result.code == 0
+    assert "torch.compile failed" in result.stderr
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
+
+
 def test_precedence_defaults_preset_config_flags(train, cli, tmp_path):
     assert train("run", "--set", "optimizer.lr=1e-4", "--seed", 5).code == 0
     again = ("train", "--config", tmp_path / "run", "--dry-run", "--json", "--out", tmp_path / "x")
@@ -123,7 +172,7 @@ def test_precedence_defaults_preset_config_flags(train, cli, tmp_path):
     assert changed["seed"] == 6
     assert changed["recipe"] == stored["recipe"] | {"batch": 8, "flip": True}
     (tmp_path / "part.json").write_text(json.dumps({"recipe": {"optimizer": {"lr": 0.5}}}))
-    part = ("train", "--config", tmp_path / "part.json", "--dry-run", "--json", "--out", tmp_path / "x")
+    part = ("train", "--config", tmp_path / "part.json", "--dry-run", "--json", "--batch", 4, "--out", tmp_path / "x")
     told = json.loads(cli(*part, "--preset", "edm", "--data", stored["data"]["source"]).stdout)["recipe"]
     assert told["optimizer"]["lr"] == 0.5
     assert told["optimizer"]["rule"] == "adam"  # the preset's; the class's own default is another

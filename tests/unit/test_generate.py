@@ -14,7 +14,19 @@ from cmtool import rng
 from cmtool.editing import AvgPool, Luma, Mask
 from cmtool.errors import DataError, UsageError
 from cmtool.flow import EDM, VE, VP, BoundaryEDM, Linear, ModelCard, Trig, Velocity
-from cmtool.generate import colorize, edit, edit_times, generate, inpaint, labels_for, sample, superres
+from cmtool.generate import (
+    automatic_batch,
+    colorize,
+    edit,
+    edit_times,
+    free_memory,
+    generate,
+    in_batches,
+    inpaint,
+    labels_for,
+    sample,
+    superres,
+)
 from cmtool.sampler import default_times
 from cmtool.sampler import sample as run_sampler
 from cmtool.solvers import SOLVERS, Churn, Heun, solve
@@ -540,3 +552,90 @@ def test_one_step_of_discrete_steps_is_one_estimate(solver):
     assert made.nfe == 1
     x = oracle.path.sigma(torch.tensor(999.0)) * rng.noise(range(5), (1, 1, 1))
     torch.testing.assert_close(made.images, oracle.denoised(x, torch.full((5,), 999.0)).clamp(-1, 1))
+
+
+# Batches.
+
+
+class Cramped:
+    """A network for so many images at once."""
+
+    def __init__(self, model, most):
+        self.model, self.most, self.sizes = model, most, []
+        self.forward = model.network.forward
+
+    def __enter__(self):
+        def forward(x, *args, **rest):
+            self.sizes.append(len(x))
+            if len(x) > self.most:
+                raise torch.OutOfMemoryError("too much")
+            return self.forward(x, *args, **rest)
+
+        self.model.network.forward = forward
+        return self
+
+    def __exit__(self, *_):
+        del self.model.network.forward
+
+
+def test_one_step_costs_one_call_an_image_and_nothing_else():
+    with Cramped(CONSISTENCY, 99) as calls:
+        sample(CONSISTENCY, 11)
+        assert calls.sizes == [11]
+        sample(CONSISTENCY, 11, batch=4)
+        assert calls.sizes == [11, 4, 4, 3]
+
+
+def test_batches_that_do_not_fit_are_halved():
+    expected = sample(CONSISTENCY, 13, labels=[1, 2, 3])
+    with Cramped(CONSISTENCY, 3) as calls:
+        parts = list(generate(CONSISTENCY, range(13), labels=[1, 2, 3]))
+        assert calls.sizes == [13, 6, 3, 3, 3, 3, 1]
+        torch.testing.assert_close(torch.cat([part.images for part in parts]), expected, rtol=1e-4, atol=1e-5)
+        assert torch.cat([part.labels for part in parts]).tolist() == ([1, 2, 3] * 5)[:13]
+        with pytest.raises(torch.OutOfMemoryError):
+            sample(CONSISTENCY, 13, batch=4)  # as many as asked for, or none
+    with Cramped(CONSISTENCY, 0), pytest.raises(torch.OutOfMemoryError):
+        sample(CONSISTENCY, 13)
+
+
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_what_is_made_in_batches_is_everything_once(count, monkeypatch):
+    monkeypatch.setattr("cmtool.generate.automatic_batch", lambda model, rows: 10)
+    made = list(in_batches(CONSISTENCY, count, lambda at: list(range(count))[at]))
+    assert [one for part in made for one in part] == list(range(count))
+    sizes = [len(part) for part in made]
+    assert len(sizes) == math.ceil(count / 10)
+    assert max(sizes) - min(sizes) <= 1  # no small rest
+    assert list(in_batches(CONSISTENCY, 0, lambda at: at)) == []
+    with pytest.raises(UsageError, match="at least 1"):
+        next(in_batches(CONSISTENCY, 3, lambda at: at, batch=0))
+
+
+def test_a_batch_fits_into_the_memory(monkeypatch):
+    assert free_memory(torch.device("cpu")) is None or free_memory(torch.device("cpu")) > 2**20
+    sizes = []
+    for free in (None, 2**40, 2**22, 2**20, 0):
+        monkeypatch.setattr("cmtool.generate.free_memory", lambda device, free=free: free)
+        sizes.append(automatic_batch(CONSISTENCY))
+        assert automatic_batch(CONSISTENCY, rows=2) in (sizes[-1] // 2, max(1, sizes[-1] // 2))
+    assert sizes[0] == sizes[1] > sizes[2] > sizes[3] >= sizes[4] == 1
+
+
+def test_edits_in_batches_are_the_edits():
+    known, masks = pictures(5), torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1)) < 0.5
+    for make in (
+        lambda **rest: inpaint(CONSISTENCY, known, masks, labels=1, steps=2, **rest),
+        lambda **rest: inpaint(CONSISTENCY, known[:1], masks, labels=1, steps=2, **rest),
+        lambda **rest: inpaint(CONSISTENCY, known[:1], masks[:1], seeds=[4, 2, 9], labels=1, steps=2, **rest),
+        lambda **rest: colorize(CONSISTENCY, known, labels=1, steps=2, **rest),
+        lambda **rest: superres(CONSISTENCY, known[:, :, ::2, ::2], 2, labels=1, steps=2, **rest),
+    ):
+        torch.testing.assert_close(make(batch=2), make(), rtol=1e-4, atol=1e-5)
+
+
+def test_results_are_ordinary_tensors():
+    for made in (sample(CONSISTENCY, 2), colorize(CONSISTENCY, pictures(1), labels=1, steps=1)):
+        assert not made.is_inference()
+        made.clone().requires_grad_().sum().backward()
+        made.mul_(2)
