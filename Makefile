@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-short family examples-short test lint bench clean
+.PHONY: demo demo-short family examples-short test lint bench bench-short clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -55,8 +55,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev  ## start-up, training and sampling beside plain PyTorch; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/run.py
+
+bench-short: $(VENV)/.dev  ## a little of each: does it run?
+	$(BIN)/python benchmarks/run.py --quick
 
 clean:
 	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,12 +26,12 @@ from cmtool.times import Karras
 T = TypeVar("T")
 
 # Pixels a batch by default, at most. On a CPU 8 images of 32x32 keep a thread as busy as any number, and more than some
-# dozen leave the caches: 7.7M parameters make 18.8, 19.2, 18.4, 17.9 and 16.1 images a second in batches of 8, 16, 32,
-# 64 and 128. Images of 16x16, whose layers are over soon, want to be 64 or 128.
+# dozen leave the caches: 7.7M parameters make 28, 31, 33, 25 and 25 images a second in batches of 8, 16, 32, 64 and 128
+# (two cores with AVX2, 2026-11-26). Images of 16x16, whose layers are over soon, want to be 64 or 128.
 _PIXELS_A_THREAD, _PIXELS_ON_CPU, _PIXELS_ON_DEVICE = 2**13, 2**15, 2**20
-# Of feature maps as wide as the first layer a network holds at most about as many at once, skip connections included:
-# 9 to 14 are alive at the peak of ADM, DDPM++ and EDM2 of all sizes.
-_MAPS = 16
+# Of feature maps as wide as the first layer a network holds about so many at once, skip connections included: 11 to 21
+# are alive at the peak of ADM, DDPM++, EDM2 and diffusers' U-Net.
+_MAPS = 24
 _WIDTH = 512  # taken for the width of a network without convolutions
 _SHARE = 0.5  # of the free memory that a batch may take
 

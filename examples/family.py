@@ -274,10 +274,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("family"))
     parser.add_argument("--only", help="methods, separated by commas")
     parser.add_argument("--time", action="store_true", help="measure the seconds of what is there again")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="[default: digits auto, mixture fp32]")
     parser.add_argument("--short", action="store_true", help="a few steps of each")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch's forward-mode derivatives
     problem: Problem = OnMixture() if options.on == "mixture" else OnDigits()
+    if options.precision:
+        problem.compute = precision.compute_dtype(options.precision, torch.device("cpu"))
     if options.short:
         problem.seeds, problem.batch = range(200), 16
         if isinstance(problem, OnMixture):

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cmtool import networks
 from cmtool.benchmark import ours, peer, shared
-from cmtool.benchmark.rows import Row, Setup
+from cmtool.benchmark.rows import Row
+from cmtool.benchmark.shared import Setup
 from cmtool.benchmark.workers import Make, Round, Worker
 from cmtool.errors import DependencyError, UserError
 from cmtool.networks import ADMConfig

@@ -20,8 +20,8 @@ from cmtool.benchmark.rows import (
     SECOND,
     SOLVER_STEPS,
     TARGET,
-    Setup,
 )
+from cmtool.benchmark.shared import Setup
 from cmtool.flow import EDM, VE, BoundaryEDM, FlowMap, LogRatio, ModelCard
 from cmtool.flow.flow_map import Role
 from cmtool.generate import generate, inpaint

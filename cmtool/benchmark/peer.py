@@ -29,8 +29,8 @@ from cmtool.benchmark.rows import (
     SECOND,
     SOLVER_STEPS,
     TARGET,
-    Setup,
 )
+from cmtool.benchmark.shared import Setup
 from cmtool.compat import repair_torchvision
 from cmtool.errors import DependencyError
 from cmtool.io.exporters.diffusers import config_json, from_openai, unet2d_of

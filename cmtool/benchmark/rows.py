@@ -1,4 +1,4 @@
-"""The rows of the benchmark, and what both sides are told. Nothing here imports torch.
+"""The rows of the benchmark, and the settings that both sides share. Nothing here imports torch.
 
 A row is one thing people do: a training step of a method, or a batch of images. Its work is counted in network calls,
 the same on both sides; see `Calls`.
@@ -6,13 +6,9 @@ the same on both sides; see `Calls`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cmtool.errors import UsageError, nearest
-from cmtool.networks.configs import ADMConfig
-
-# The U-Net of OpenAI's consistency models, small: diffusers' UNet2DModel is the same function of the same weights.
-NETWORK = ADMConfig(resolution=32, channels=64, channel_mult=(1, 2, 2), num_blocks=2, attention_resolutions=(16,))
 
 LEARNING_RATE = 1e-4
 AVERAGE = 0.9999  # decay of the average of the weights
@@ -83,25 +79,6 @@ ROWS = {
     )
 }
 QUICK = ("edm", "cd-heun", "sample-1")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What a row is measured with.
-
-    Args:
-        config: the network.
-        batch: images at once.
-        device: where to compute, by torch's name.
-        dtype: what our side computes in inside the network, by torch's name; the peer computes in float32.
-        threads: of torch on a CPU; 0 leaves its choice.
-    """
-
-    config: ADMConfig = field(default_factory=lambda: NETWORK)
-    batch: int = 32
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int = 0
 
 
 def parse(text: str) -> list[Row]:

@@ -1,15 +1,37 @@
-"""The weights and the images that both sides start with."""
+"""What both sides are told and start with: the network, its weights, and images."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from cmtool import networks, rng
-from cmtool.benchmark.rows import Setup
 from cmtool.networks import ADMConfig
 
+# The U-Net of OpenAI's consistency models, small: diffusers' UNet2DModel is the same function of the same weights.
+NETWORK = ADMConfig(resolution=32, channels=64, channel_mult=(1, 2, 2), num_blocks=2, attention_resolutions=(16,))
 _IMAGES = 256
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a row is measured with.
+
+    Args:
+        config: the network.
+        batch: images at once.
+        device: where to compute, by torch's name.
+        dtype: what our side computes in inside the network, by torch's name; the peer computes in float32.
+        threads: of torch on a CPU; 0 leaves its choice.
+    """
+
+    config: ADMConfig = field(default_factory=lambda: NETWORK)
+    batch: int = 32
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 0
 
 
 def network(config: ADMConfig, seed: int = 0) -> nn.Module:

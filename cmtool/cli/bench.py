@@ -13,6 +13,7 @@ from cmtool.errors import UsageError
 
 if TYPE_CHECKING:
     from cmtool.benchmark.measure import Ceiling, Result, Timing
+    from cmtool.benchmark.shared import Setup
 
 _QUICK = {"batch": 4, "rounds": 1}
 _FULL = {"batch": 32, "rounds": 5}
@@ -62,10 +63,11 @@ def bench(
 
     from cmtool import precision as policy
     from cmtool.benchmark import measure
+    from cmtool.benchmark.shared import Setup
 
     place = policy.device(device)
     dtype = policy.compute_dtype(precision, place)  # type: ignore[arg-type]
-    setup = known.Setup(
+    setup = Setup(
         batch=batch or usual["batch"],
         device=str(place),
         dtype="float32" if dtype is None else "bfloat16",
@@ -172,7 +174,7 @@ def _result(result: Result) -> dict[str, Any]:
     }
 
 
-def _machine(setup: known.Setup) -> dict[str, Any]:
+def _machine(setup: Setup) -> dict[str, Any]:
     """What is measured, and by which versions."""
     import torch
 
@@ -194,7 +196,7 @@ def _words(machine: dict[str, Any]) -> str:
     return ", ".join([*words, f"torch {machine['torch']}", f"cmtool {machine['cmtool']}"])
 
 
-def _network(setup: known.Setup) -> dict[str, int]:
+def _network(setup: Setup) -> dict[str, int]:
     """How large the network is."""
     from cmtool.benchmark import measure
 

@@ -144,14 +144,23 @@ void apply_any(const Shape &s, const T *x, T *y, const float *factor, const floa
     else apply<T, false, false>(s, x, y, factor, offset, key, from, to);
 }
 
+// A thread for each image; where there are fewer images than threads, all of them for one image after another. Never one
+// region in another, not even in one that is switched off: the inner one would make its threads anew every time.
+template <class F>
+void each(const Shape &s, int threads, F image) {
+    if (threads == 1 || s.B < threads) {
+        for (long b = 0; b < s.B; b++) image(b, threads);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long b = 0; b < s.B; b++) image(b, 1);
+}
+
 template <class T>
 void forward(const Shape &s, const T *x, const float *pre, const float *weight, const float *bias, const uint32_t *keys,
              T *y, float *mean, float *rstd, int threads) {
     const long C = s.C, size = s.P * C;
-    bool by_image = s.B >= threads;
-    int outer = by_image ? threads : 1, inner = by_image ? 1 : threads;
-#pragma omp parallel for num_threads(outer) schedule(static) if (outer > 1)
-    for (long b = 0; b < s.B; b++) {
+    each(s, threads, [&](long b, int inner) {
         const T *image = x + b * size;
         const float *own = pre ? pre + b * C : nullptr;
         float origin[C], factor[C], offset[C], totals[2 * C];
@@ -185,7 +194,7 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
                 apply_any(s, image, y + b * size, factor, offset, key, s.P * i / n, s.P * (i + 1) / n);
             }
         }
-    }
+    });
 }
 
 // dz into dx (rounded to T), and the sums of dz and dz hat per channel.
@@ -241,10 +250,7 @@ void backward(const Shape &s, const T *dy, const T *x, const float *pre, const f
               const uint32_t *keys, const float *mean, const float *rstd, T *dx, float *dpre, float *dweight,
               float *dbias, int threads) {
     const long C = s.C, size = s.P * C, width = C / s.G;
-    bool by_image = s.B >= threads;
-    int outer = by_image ? threads : 1, inner = by_image ? 1 : threads;
-#pragma omp parallel for num_threads(outer) schedule(static) if (outer > 1)
-    for (long b = 0; b < s.B; b++) {
+    each(s, threads, [&](long b, int inner) {
         float factor[C], offset[C], one[C], less[C], slope[C], level[C], totals[2 * C], moved[C];
         for (long c = 0; c < C; c++) {
             float m = mean[b * s.G + c / width], r = rstd[b * s.G + c / width], shift = (pre ? pre[b * C + c] : 0.0f) - m;
@@ -309,7 +315,7 @@ void backward(const Shape &s, const T *dy, const T *x, const float *pre, const f
             }
         }
         if (dpre) memcpy(dpre + b * C, moved, sizeof moved);
-    }
+    });
 }
 
 }  // namespace

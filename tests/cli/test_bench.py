@@ -9,6 +9,7 @@ import pytest
 from cmtool.benchmark import measure, rows
 from cmtool.benchmark.measure import Ceiling, Result, Timing
 from cmtool.benchmark.rows import ROWS
+from cmtool.benchmark.shared import NETWORK
 from cmtool.errors import UserError
 
 
@@ -36,7 +37,7 @@ def test_a_table(cli, measured):
     assert {(setup.batch, rounds) for _, setup, rounds in measured} == {(6, 5)}
     lines = result.lines
     (cd,) = (line.split() for line in lines if line.startswith("cd-heun"))
-    flops = measure.count_flops(rows.NETWORK)
+    flops = measure.count_flops(NETWORK)
     assert cd == ["cd-heun", "6", "±0%", "1.5", "±0%", "4.00", f"{6 * flops * 6 / 1.5e11:.0%}", "50", "MiB", "-"]
     assert sum("ceiling, float32" in line for line in lines) == 2
     assert "7,660,931 parameters" in result.stderr

@@ -11,7 +11,8 @@ import torch
 
 from cmtool.benchmark import measure, ours, peer, rows, shared, workers
 from cmtool.benchmark.measure import Result, Timing
-from cmtool.benchmark.rows import NETWORK, ROWS, Calls, Setup
+from cmtool.benchmark.rows import ROWS, Calls
+from cmtool.benchmark.shared import NETWORK, Setup
 from cmtool.errors import UsageError, UserError
 from cmtool.flow import EDM, VE, BoundaryEDM
 from cmtool.generate import _noise as starting_noise
