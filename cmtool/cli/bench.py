@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -82,14 +83,17 @@ def bench(
         f"{setup.batch}, cmtool in {setup.dtype}" + (", the peer in float32" if peer else "")
     )
     difference = measure.check(setup) if peer else None
-    ceilings = {trains: measure.ceiling(setup, trains=trains) for trains in sorted({row.trains for row in wanted})}
+    kinds = sorted({row.trains for row in wanted})
+    ceilings = {trains: measure.ceiling(setup, trains=trains) for trains in kinds}
     found: list[Result] = []
     with console.progress("bench", len(wanted)) as update:
         for row in wanted:
             update(len(found), row.title)
-            rate = ceilings[row.trains].rate
-            found.append(measure.measure(row, setup, rounds, flops=network["flops"], ceiling=rate, peer_too=peer))
+            found.append(measure.measure(row, setup, rounds, flops=network["flops"], peer_too=peer))
         update(len(found))
+    # Once more, for the better of two: the machine may have been busy.
+    ceilings = {trains: first.or_better(measure.ceiling(setup, trains=trains)) for trains, first in ceilings.items()}
+    found = [replace(result, ceiling=ceilings[result.row.trains].rate) for result in found]
     if as_json:
         console.emit_json(
             {

@@ -102,7 +102,7 @@ class Request:
         ),
     ] = False
     compile_: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks first.")
+        bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks; of use on GPUs.")
     ] = False
     device: options.Device = "auto"
     precision: options.Precision = "auto"

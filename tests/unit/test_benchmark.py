@@ -141,6 +141,9 @@ def test_the_ceiling_is_made_of_the_networks_convolutions():
     rates = [*found.convolutions.values()]
     assert min(rates) <= found.rate <= max(rates)
     assert found.matmul > 1e6
+    lucky = replace(found, convolutions={name: 2 * rate for name, rate in found.convolutions.items()}, matmul=1.0)
+    best = found.or_better(lucky)
+    assert (best.convolutions, best.matmul, best.rate) == (lucky.convolutions, found.matmul, found.rate)
 
 
 def test_rows_are_named():
