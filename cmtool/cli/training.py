@@ -462,8 +462,8 @@ def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> Non
             ("parameters", f"{expected.parameters:,}"),
             (
                 "memory",
-                f"{_mebi(expected.memory_bytes)}: {_mebi(expected.weights_bytes)} of weights, gradients and the optimizer, "
-                f"{_mebi(expected.bytes_per_image)} an image in micro-batches of {expected.micro_batch}",
+                f"{_mebi(expected.memory_bytes)}: {_mebi(expected.weights_bytes)} of weights, gradients and the "
+                f"optimizer, {_mebi(expected.bytes_per_image)} an image in micro-batches of {expected.micro_batch}",
             ),
             ("speed", f"{expected.images_per_second:.3g} images/s on {trainer.device}"),
             ("time", console.clock(expected.seconds)),
