@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-RUNS, QUICK = 7, 2
+RUNS, QUICK = 7, 1
 CMTOOL = [sys.executable, "-m", "cmtool"]
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = startup(runs, Path(folder))
     width = max(len(name) for name, _ in rows)
-    print(f"{'start-up':{width}}  median   min     max     (s, {runs} runs)")
+    print(f"{'start-up':{width}}  median   min     max     (s, {runs} run(s))")
     for name, times in rows:
         print(f"{name:{width}}  {statistics.median(times):.3f}   {min(times):.3f}   {max(times):.3f}")
     print(flush=True)

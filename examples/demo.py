@@ -55,8 +55,8 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     began = time.perf_counter()
     demo = Demo(out)
-    little = ("--iterations", "30") if options.short else ()
-    count = 100 if options.short else 1000
+    little = ("--iterations", "10") if options.short else ()
+    count = 40 if options.short else 1000
     teacher, student = str(out / "teacher"), str(out / "student")
 
     demo.run("train the teacher", "train", "--data", "digits:train", "--preset", "edm", "--out", teacher, *little)

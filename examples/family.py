@@ -282,9 +282,9 @@ def main() -> None:
     if options.precision:
         problem.compute = precision.compute_dtype(options.precision, torch.device("cpu"))
     if options.short:
-        problem.seeds, problem.batch = range(200), 16
+        problem.seeds, problem.batch = range(60), 8
         if isinstance(problem, OnMixture):
-            problem.real = problem.data.draw(200, seed=1)
+            problem.real = problem.data.draw(60, seed=1)
     folder = options.out / options.on
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "results.jsonl"
@@ -301,7 +301,7 @@ def main() -> None:
     for method in wanted:
         if any(row["method"] == method.name for row in rows):
             continue
-        trained, seconds, loss = train(problem, method, model, 6 if options.short else iterations(problem, method))
+        trained, seconds, loss = train(problem, method, model, 3 if options.short else iterations(problem, method))
         checkpoint.save(trained, folder / f"{method.name}.safetensors")
         origin = method.teacher or (f"{method.init} (start)" if method.init else "scratch")
         row = {"method": method.name, "from": origin, "seconds": seconds, "loss": loss}
