@@ -55,7 +55,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev  ## start-up, training and sampling beside plain PyTorch; about 20 minutes on 2 cores
+bench: $(VENV)/.dev  ## start-up, training and sampling beside plain PyTorch; many minutes on 2 cores
 	$(BIN)/python benchmarks/run.py
 
 bench-short: $(VENV)/.dev  ## a little of each: does it run?

@@ -1,4 +1,4 @@
-"""Random numbers: one stream a sample, and randomness shared between two forward passes.
+"""Random numbers: one stream a sample, and initial weights that leave torch's generators alone.
 
 Every image has a seed, and everything random about it (its start, its label, the noise of each step) is a stream of
 that seed alone. So image k is the same image for any batch size, order or number of devices.
@@ -55,8 +55,7 @@ def derive(seed: int, *streams: int) -> int:
 def forked(seed: int, device: torch.device | str) -> Iterator[None]:
     """Run a block with torch's global generators (CPU and `device`) set to `seed`, and put them back afterwards.
 
-    Two blocks forked with the same seed drop the same units: consistency methods compare two outputs of one network
-    under one dropout mask (Song et al. 2023, appendix C).
+    For initial weights. The dropout that two passes share is decided by `networks.layers.seeded`.
     """
     device = torch.device(device)
     accelerators = [] if device.type == "cpu" else [device]

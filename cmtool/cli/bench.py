@@ -135,7 +135,7 @@ def _rate(timing: Timing) -> str:
 
 
 def _size(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:,.0f} MiB"
+    return "-" if size is None else console.size(size)
 
 
 def _ceiling_rows(ceiling: Ceiling) -> list[tuple[str, str]]:

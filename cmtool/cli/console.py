@@ -145,6 +145,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def size(count: int) -> str:
+    """Bytes as `1,055 MiB` or `2.6 MiB`."""
+    return f"{count / 2**20:,.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**20:.2g} MiB"
+
+
 @contextmanager
 def fetching(source: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show how far a download has come, from the first call on: a source that is here already needs no bar."""

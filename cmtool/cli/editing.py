@@ -15,9 +15,8 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import ModelCard
     from cmtool.generate import Generated
 
-    Edit = Callable[
-        ..., Tensor
-    ]  # edit(model, seeds=, labels=, times=, steps=, batch=) -> float32 [len(seeds), C, H, W]
+    # edit(model, seeds=, labels=, times=, steps=, batch=) -> float32 [len(seeds), C, H, W]
+    Edit = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)

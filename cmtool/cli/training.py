@@ -455,6 +455,7 @@ def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> Non
         console.emit_json({**config, "forecast": expected._asdict()})
         return
     rest = {name: value for name, value in config.items() if name != "recipe"}
+    whole, held, each = map(console.size, (expected.memory_bytes, expected.weights_bytes, expected.bytes_per_image))
     console.emit_rows(
         [
             *options.settings(config["recipe"]),
@@ -462,17 +463,13 @@ def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> Non
             ("parameters", f"{expected.parameters:,}"),
             (
                 "memory",
-                f"{_mebi(expected.memory_bytes)}: {_mebi(expected.weights_bytes)} of weights, gradients and the "
-                f"optimizer, {_mebi(expected.bytes_per_image)} an image in micro-batches of {expected.micro_batch}",
+                f"{whole}: {held} of weights, gradients and the optimizer, {each} an image in micro-batches of "
+                f"{expected.micro_batch}",
             ),
             ("speed", f"{expected.images_per_second:.3g} images/s on {trainer.device}"),
             ("time", console.clock(expected.seconds)),
         ]
     )
-
-
-def _mebi(size: int) -> str:
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**20:.2g} MiB"
 
 
 # Running.

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
-from cmtool import __version__
+from cmtool import __version__, cache
 from cmtool.errors import CheckpointError, UserError
 from cmtool.io import catalogue, hub
 from cmtool.io.catalogue import Released
@@ -113,11 +113,7 @@ def resolve(
 
 def folder() -> Path:
     """Where downloaded models are kept; it need not exist."""
-    if given := os.environ.get("CMTOOL_CACHE"):
-        return Path(given).expanduser() / "models"
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()
-    return base / "cmtool" / "models"
+    return cache.folder("models")
 
 
 def kept(released: Released) -> Path | None:

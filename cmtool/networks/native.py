@@ -1,9 +1,8 @@
 """`native.cpp`, compiled once by the machine's own compiler: the chain norm, SiLU and dropout in one pass on a CPU.
 
-The library is kept in the cache folder of cmtool ($CMTOOL_CACHE, else $XDG_CACHE_HOME/cmtool, else ~/.cache/cmtool)
-under a name that changes with the source, the compiler's flags and the processor; compiling it takes about two seconds.
-Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0, everything is computed by torch's own
-operations, which is slower and gives the same numbers to rounding.
+The library is kept in cmtool's cache under a name that changes with the source, the compiler's flags and the processor;
+compiling it takes about two seconds. Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0, everything
+is computed by torch's own operations, which is slower and gives the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cmtool import cache
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -129,7 +130,7 @@ def _compiled() -> Path:
     compiler = os.environ.get("CXX") or "c++"
     source = _SOURCE.read_bytes()
     told = "\0".join((compiler, *_FLAGS, platform.machine(), _processor()))
-    made = _folder() / f"native-{hashlib.sha256(source + told.encode()).hexdigest()[:16]}.so"
+    made = cache.folder("native") / f"native-{hashlib.sha256(source + told.encode()).hexdigest()[:16]}.so"
     if not made.exists():
         made.parent.mkdir(parents=True, exist_ok=True)
         # Whoever comes first puts the whole file in its place; two at once make the same one.
@@ -139,13 +140,6 @@ def _compiled() -> Path:
             subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
             new.replace(made)
     return made
-
-
-def _folder() -> Path:
-    given = os.environ.get("CMTOOL_CACHE")
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(shared) if os.path.isabs(shared) else Path("~/.cache").expanduser()
-    return (Path(given) if given else base / "cmtool") / "native"
 
 
 def _processor() -> str:

@@ -8,7 +8,7 @@ what has weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, get_args
 
@@ -91,6 +91,23 @@ class Drawn(NamedTuple):
             yield self._replace(weight=weight, batch=batch, times=times, seeds=self.seeds[part])
 
 
+def joined(parts: Sequence[tuple[Drawn, Loss]]) -> Loss:
+    """The loss of several pieces together, each with its weight; that of a whole batch as it is."""
+    if len(parts) == 1 and parts[0][0].weight == 1 and not parts[0][0].name:
+        return parts[0][1]
+    terms: dict[str, Tensor] = {}
+    for drawn, loss in parts:
+        for name, term in loss.terms.items():
+            name += drawn.name
+            terms[name] = terms[name] + term if name in terms else term  # what is not finite stays so
+    return Loss(
+        torch.stack([drawn.weight * loss.value for drawn, loss in parts]).sum(),
+        torch.cat([loss.per_sample for _, loss in parts]),
+        torch.cat([loss.t for _, loss in parts]),
+        terms,
+    )
+
+
 class Objective(nn.Module):
     """One training objective: `draw` asks chance, `loss` computes; `forward` is both."""
 
@@ -127,19 +144,7 @@ class Objective(nn.Module):
     ) -> Loss:
         """The loss of a batch; arguments as `draw` and `loss`."""
         drawn = self.draw(model.path, batch, progress, generator)
-        losses = [one.objective.loss(model, target, one, progress) for one in drawn]
-        if len(losses) == 1:
-            return losses[0]
-        return Loss(
-            torch.stack([one.weight * loss.value for one, loss in zip(drawn, losses, strict=True)]).sum(),
-            torch.cat([loss.per_sample for loss in losses]),
-            torch.cat([loss.t for loss in losses]),
-            {
-                f"{name}{one.name}": term
-                for one, loss in zip(drawn, losses, strict=True)
-                for name, term in loss.terms.items()
-            },
-        )
+        return joined([(one, one.objective.loss(model, target, one, progress)) for one in drawn])
 
     def stage(self, progress: float) -> tuple[int, float]:
         """The stage the training is in, and the share of it that is done; one stage unless students are promoted."""

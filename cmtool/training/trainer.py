@@ -21,7 +21,7 @@ from cmtool import networks, rng
 from cmtool.errors import ConfigError, DataError, DivergenceError
 from cmtool.flow.flow_map import FlowMap, ModelCard
 from cmtool.training.average import blend
-from cmtool.training.objectives import Loss
+from cmtool.training.objectives import Drawn, Loss, joined
 from cmtool.training.recipe import Optimizer, Recipe
 from cmtool.training.trajectory import Batch
 
@@ -214,22 +214,12 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
         batch = self._batch(generator, count)
         drawn = self.objective.draw(self.model.path, batch, progress, generator)
-        losses: list[Loss] = []
-        terms: dict[str, Tensor] = {}
+        done: list[tuple[Drawn, Loss]] = []
         for piece in (piece for one in drawn for piece in one.pieces(self.micro_batch)):
             loss = piece.objective.loss(self.model, self.target, piece, progress)
-            value = piece.weight * loss.value
-            value.backward()
-            losses.append(loss._replace(value=value.detach()))
-            for name, term in loss.terms.items():
-                name += piece.name
-                terms[name] = terms[name] + term if name in terms else term  # what is not finite stays so
-        return Loss(
-            torch.stack([loss.value for loss in losses]).sum(),
-            torch.cat([loss.per_sample for loss in losses]),
-            torch.cat([loss.t for loss in losses]),
-            terms,
-        )
+            (piece.weight * loss.value).backward()
+            done.append((piece, loss._replace(value=loss.value.detach())))
+        return joined(done)
 
     # --- rehearsal ---------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,12 @@ def test_it_is_compiled_once_into_the_cache(ask, tmp_path):
     assert [file.stat().st_mtime_ns for file in (tmp_path / "native").iterdir()] == [before]
 
 
+@available
+def test_the_cache_may_be_named_from_home(ask, tmp_path):
+    assert ask(HOME=str(tmp_path), CMTOOL_CACHE="~/kept")
+    assert [file.suffix for file in (tmp_path / "kept" / "native").iterdir()] == [".so"]
+
+
 def test_it_can_be_switched_off(ask, tmp_path):
     assert not ask(CMTOOL_NATIVE="0")
     assert not list(tmp_path.iterdir())
