@@ -1,8 +1,8 @@
 """`native.cpp`, compiled once by the machine's own compiler: the chain norm, SiLU and dropout in one pass on a CPU.
 
 The library is kept in cmtool's cache under a name that changes with the source, the compiler's flags and the processor;
-compiling it takes about two seconds. Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0, everything
-is computed by torch's own operations, which is slower and gives the same numbers to rounding.
+compiling it takes about two seconds. Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0,
+everything is computed by torch's own operations, which is slower and gives the same numbers to rounding.
 """
 
 from __future__ import annotations
