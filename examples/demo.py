@@ -74,7 +74,7 @@ def main() -> None:
     for model, folder, how in sets.values():
         demo.run("sample", "sample", "--model", model, *how, *seeds, "--out", str(out / folder))
 
-    edits(demo, student)
+    edits(demo, student, (3,) if options.short else (3, 5, 8))
     samples_picture(out, {name: out / folder for name, (_, folder, _) in sets.items()})
     judge = Judge()
     verdicts = {name: judge(*read_folder(out / folder)) for name, (_, folder, _) in sets.items()}
@@ -95,12 +95,12 @@ def main() -> None:
     print(f"\npictures: {', '.join(sorted(str(file) for file in out.glob('*.png')))}")
 
 
-def edits(demo: Demo, student: str) -> None:
+def edits(demo: Demo, student: str, digits: tuple[int, ...]) -> None:
     """Inpaint, colorize and enlarge held-out digits; three pictures of before, what is known, and answers."""
     work = demo.out / "edits"
     work.mkdir(parents=True)
     held_out = open_data("digits:test")
-    chosen = [int((held_out.labels == digit).nonzero()[0, 0]) for digit in (3, 5, 8)]
+    chosen = [int((held_out.labels == digit).nonzero()[0, 0]) for digit in digits]
     rows: dict[str, list[list[np.ndarray]]] = {"inpaint": [], "colorize": [], "superres": []}
     for index in chosen:
         real = held_out.images[index].numpy().transpose(1, 2, 0)

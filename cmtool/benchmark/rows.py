@@ -78,7 +78,7 @@ ROWS = {
         Row("inpaint-10", "inpainting in ten steps", Calls(forward=EDIT_STEPS)),
     )
 }
-QUICK = ("edm", "cd-heun", "sample-1")
+QUICK = ("cd-heun", "sample-1")
 
 
 def parse(text: str) -> list[Row]:

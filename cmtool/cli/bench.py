@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cmtool.benchmark.measure import Ceiling, Result, Timing
     from cmtool.benchmark.shared import Setup
 
-_QUICK = {"batch": 4, "rounds": 1}
+_QUICK = {"batch": 2, "rounds": 1}
 _FULL = {"batch": 32, "rounds": 5}
 
 
