@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cmtool import rng
+from cmtool import networks, rng
 from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
 from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap, guided
@@ -149,17 +149,18 @@ def in_batches(
     first, size = 0, batch or automatic_batch(model, rows)
     if batch is None and count:
         size = math.ceil(count / math.ceil(count / size))  # no small rest at the end
-    while first < count:
-        at = slice(first, min(first + size, count))
-        try:
-            made = make(at)
-        except torch.OutOfMemoryError:
-            if batch is not None or at.stop == first + 1:
-                raise
-            size = (at.stop - first) // 2
-        else:
-            yield made
-            first = at.stop
+    with networks.recorded(model.network):
+        while first < count:
+            at = slice(first, min(first + size, count))
+            try:
+                made = make(at)
+            except torch.OutOfMemoryError:
+                if batch is not None or at.stop == first + 1:
+                    raise
+                size = (at.stop - first) // 2
+            else:
+                yield made
+                first = at.stop
 
 
 def automatic_batch(model: FlowMap, rows: int = 1) -> int:

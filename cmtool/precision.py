@@ -51,6 +51,12 @@ def compute_dtype(precision: Precision, on: torch.device) -> torch.dtype | None:
     return None
 
 
+def tune(on: torch.device) -> None:
+    """Let the device's libraries try their ways once: of use where batches keep one shape. For the process."""
+    if on.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def _has_amx() -> bool:
     check = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(check and check())

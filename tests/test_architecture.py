@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "solvers": FLOW,
     "times": FLOW,
     "sampler": FLOW | {"times"},
-    "generate": FLOW | {"editing", "io", "rng", "sampler", "solvers", "times"},
+    "generate": FLOW | {"editing", "io", "networks", "rng", "sampler", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "rng", "spec", "times"},
     "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},

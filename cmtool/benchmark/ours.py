@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cmtool import networks
 from cmtool.benchmark import shared
 from cmtool.benchmark.rows import (
     AVERAGE,
@@ -98,6 +99,13 @@ def model(setup: Setup, role: Role, *, scale: float = 0.25, seed: int = 0) -> Fl
     return made.requires_grad_(False).eval().compute_in(_dtype(setup))
 
 
+def _sampled(setup: Setup, role: Role, scale: float = 0.25) -> FlowMap:
+    made = model(setup, role, scale=scale)
+    if setup.compiled:
+        networks.compile_(made.network)
+    return made
+
+
 def second_time() -> float:
     """The second time point of sampling in two steps."""
     return float(Karras().times(VE(), SAMPLING_GRID)[SECOND])
@@ -113,7 +121,8 @@ def _training(name: str, setup: Setup) -> Callable[[], Any]:
     start = model(setup, "denoiser")
     given: dict[str, Any] = {"teacher": start} if chosen.objective.needs_teacher else {"init": start}
     card = ModelCard(chosen.role, config.resolution, config.in_channels)
-    trainer = Trainer(chosen, Pictures(setup), card, device=setup.device, compute_dtype=_dtype(setup), **given)
+    given |= {"device": setup.device, "compute_dtype": _dtype(setup), "compiled": setup.compiled}
+    trainer = Trainer(chosen, Pictures(setup), card, **given)
     steps = trainer.run()
     return lambda: next(steps)
 
@@ -121,9 +130,9 @@ def _training(name: str, setup: Setup) -> Callable[[], Any]:
 def _sampling(name: str, setup: Setup) -> Callable[[], Any]:
     seeds = list(range(setup.batch))
     if name == "heun-18":
-        teacher = model(setup, "denoiser")
+        teacher = _sampled(setup, "denoiser")
         return lambda: list(generate(teacher, seeds, solver="heun", steps=SOLVER_STEPS, batch=setup.batch))
-    student = model(setup, "consistency", scale=250.0)
+    student = _sampled(setup, "consistency", scale=250.0)
     if name == "inpaint-10":
         images = shared.pictures(setup)[: setup.batch] / 127.5 - 1
         return lambda: inpaint(student, images, shared.mask(setup), seeds=seeds, steps=EDIT_STEPS)

@@ -1,7 +1,8 @@
 """The other side: the methods in plain PyTorch as one writes them from the papers, around diffusers' UNet2DModel.
 
-All in float32 and contiguous [B, C, H, W]. One file, few abstractions, torch's own optimizers and modules: what a
-person has before anything is tuned. Sampling in one and two steps is diffusers' own pipeline.
+All in float32 (or under torch.autocast, if it is told so) and contiguous [B, C, H, W]. One file, few abstractions,
+torch's own optimizers and modules: what a person has before anything is tuned. Sampling in one and two steps
+is diffusers' own pipeline.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def unet(setup: Setup, seed: int = 0) -> Any:
 
 def job(name: str, setup: Setup) -> Callable[[], Any]:
     """A row; each call is one round."""
-    return _training(name, setup) if ROWS[name].trains else torch.no_grad()(_sampling(name, setup))
+    made = _training(name, setup) if ROWS[name].trains else torch.no_grad()(_sampling(name, setup))
+    low = setup.peer_dtype != "float32"
+    return torch.autocast(torch.device(setup.device).type, getattr(torch, setup.peer_dtype), enabled=low)(made)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

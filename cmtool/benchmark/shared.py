@@ -23,8 +23,10 @@ class Setup:
         config: the network.
         batch: images at once.
         device: where to compute, by torch's name.
-        dtype: what our side computes in inside the network, by torch's name; the peer computes in float32.
+        dtype: what our side computes in inside the network, by torch's name.
         threads: of torch on a CPU; 0 leaves its choice.
+        compiled: whether our side lets torch.compile work on its networks.
+        peer_dtype: what the peer computes in, by torch's name; bfloat16 is torch.autocast.
     """
 
     config: ADMConfig = field(default_factory=lambda: NETWORK)
@@ -32,6 +34,8 @@ class Setup:
     device: str = "cpu"
     dtype: str = "float32"
     threads: int = 0
+    compiled: bool = False
+    peer_dtype: str = "float32"
 
 
 def network(config: ADMConfig, seed: int = 0) -> nn.Module:

@@ -7,10 +7,12 @@ fork), and compute only when they are told to, so that of all of them one is at 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -54,7 +56,8 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make, given, threads, returns), daemon=True)
         try:
-            self._process.start()
+            with _no_gpus():  # a process that has looked for GPUs cannot be forked into ones that use torch
+                self._process.start()
             theirs.close()
             self._answer()
         except BaseException:
@@ -100,6 +103,21 @@ class Worker:
         code = self._process.exitcode
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         raise UserError(f"{self.title}: the process ended unexpectedly ({how})", _HINT) from None
+
+
+@contextmanager
+def _no_gpus() -> Iterator[None]:
+    """New processes see none."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 class _Failure(NamedTuple):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _QUICK = {"batch": 2, "rounds": 1}
 _FULL = {"batch": 32, "rounds": 5}
+_NAMES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def bench(
@@ -44,14 +45,25 @@ def bench(
     peer: Annotated[
         bool, typer.Option("--peer/--no-peer", help="Measure the plain implementation, too; it needs diffusers.")
     ] = True,
+    peer_precision: Annotated[
+        str,
+        typer.Option(
+            "--peer-precision",
+            help="What the plain implementation computes in; bf16 is torch.autocast.",
+            **options.one_of("--peer-precision", ("fp32", "bf16")),
+        ),
+    ] = "fp32",
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on cmtool's networks.")
+    ] = False,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Measure training steps and sampling on this machine.
 
-    Beside each, in turn within one run, the same method in plain float32 PyTorch around diffusers' UNet2DModel of the
-    same weights, and what the machine reaches of pure convolutions of the network's shapes. Images a second are
+    Beside each, in turn within one run, the same method in plain PyTorch around diffusers' UNet2DModel of the same
+    weights, and what the machine reaches of pure convolutions of the network's shapes. Images a second are
     medians; the spread is that of all rounds. Measure on a machine that does nothing else.
     """
     if quick and rows is not None:
@@ -67,12 +79,15 @@ def bench(
     from cmtool.benchmark.shared import Setup
 
     place = policy.device(device)
+    policy.tune(place)
     dtype = policy.compute_dtype(precision, place)  # type: ignore[arg-type]
     setup = Setup(
         batch=batch or usual["batch"],
         device=str(place),
         dtype="float32" if dtype is None else "bfloat16",
         threads=threads or 0,
+        compiled=compile_,
+        peer_dtype=_NAMES[peer_precision],
     )
     if peer:
         measure.require_peer()
@@ -80,7 +95,9 @@ def bench(
     console.note(_words(machine))
     console.note(
         f"{network['parameters']:,} parameters, {network['flops'] / 1e9:.2f} GFLOP an image and call, batches of "
-        f"{setup.batch}, cmtool in {setup.dtype}" + (", the peer in float32" if peer else "")
+        f"{setup.batch}, cmtool in {setup.dtype}"
+        + (" and compiled" if setup.compiled else "")
+        + (f", the peer in {setup.peer_dtype}" if peer else "")
     )
     difference = measure.check(setup) if peer else None
     kinds = sorted({row.trains for row in wanted})
@@ -102,6 +119,8 @@ def bench(
                 "batch": setup.batch,
                 "rounds": rounds,
                 "dtype": setup.dtype,
+                "compiled": setup.compiled,
+                "peer_dtype": setup.peer_dtype if peer else None,
                 "difference": difference,
                 "ceilings": [_ceiling(ceiling) for ceiling in ceilings.values()],
                 "rows": [_result(result) for result in found],

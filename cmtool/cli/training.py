@@ -71,6 +71,7 @@ def run(request: Request) -> None:
         )
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
+    policy.tune(device)
     compute = policy.compute_dtype(request.precision, device)  # type: ignore[arg-type]
     teacher = _model(settings["teacher"], device, role="denoiser")
     first: Role | None = "consistency" if draft.objective.needs_first else None  # it answers where the noise is low

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from cmtool.networks.configs import SIZES, ADMConfig, Config, DDPMppConfig, EDM2Config, MLPConfig, UNet2DConfig
@@ -26,8 +27,11 @@ __all__ = [
     "MLPConfig",
     "UNet2DConfig",
     "build",
+    "compile_",
     "load_start",
     "recompute",
+    "record",
+    "recorded",
     "restore_constants",
 ]
 
@@ -66,6 +70,25 @@ def recompute(network: nn.Module, wanted: bool = True) -> nn.Module:
         if isinstance(module, Recomputed):
             module.recompute = wanted
     return network
+
+
+def compile_(network: nn.Module) -> None:
+    """Let torch.compile work on a network, from its next call on; in place."""
+    network.compile(dynamic=False)
+
+
+def record(network: nn.Module) -> None:
+    """Let the calls of a network on a GPU be recorded as CUDA graphs from now on; see `cmtool.networks.graphs`."""
+    from cmtool.networks import graphs
+
+    graphs.record(network)
+
+
+def recorded(network: nn.Module) -> AbstractContextManager[None]:
+    """`record` for a while, unless the network is recorded or compiled already; then its graphs are forgotten."""
+    from cmtool.networks import graphs
+
+    return graphs.recorded(network)
 
 
 def restore_constants(network: nn.Module) -> None:

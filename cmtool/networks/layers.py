@@ -69,10 +69,15 @@ def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
     """The parameter times `gain` (in its own type), in the type computed in."""
     if parameter.dtype == dtype and gain == 1:
         return parameter
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return (parameter * gain).to(dtype)
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or _recording(parameter):
+        return parameter.to(dtype) if gain == 1 else (parameter * gain).to(dtype)
     made: Tensor = _Cast.apply(parameter, dtype, gain)
     return made
+
+
+def _recording(parameter: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded: what it replays has to see the parameter's later values."""
+    return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Linear(nn.Linear):
@@ -140,12 +145,30 @@ def _normalise(
     x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
 ) -> Tensor:
     """Group norm with a weight and a bias [B, C] of each sample's own, in torch's operations."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return _fusible(x, added, weight, bias, keys, how)
     if added is not None:
         x = x + _pixels(added, x)
     y = F.group_norm(x.contiguous(), how.groups, eps=how.eps)  # its forward-mode derivative fails on other layouts
     y = torch.addcmul(_pixels(bias, x), y, _pixels(weight, x))
     y = F.silu(y) if how.silu else y
     return y if keys is None else y * _mask(y, keys, how)
+
+
+def _fusible(
+    x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
+) -> Tensor:
+    """`_normalise` for torch.compile: no operation asks for a layout, so all of it fuses into two passes over x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if added is not None:
+        wide = wide + added[:, :, None, None]
+    variance, mean = torch.var_mean(wide.unflatten(1, (how.groups, -1)), dim=(2, 3, 4), correction=0)
+    each = x.shape[1] // how.groups
+    factor = weight * (variance + how.eps).rsqrt().repeat_interleave(each, 1)
+    offset = bias - mean.repeat_interleave(each, 1) * factor
+    y = wide * factor[:, :, None, None] + offset[:, :, None, None]
+    y = F.silu(y) if how.silu else y
+    return (y if keys is None else y * _mask(y, keys, how)).to(x.dtype)
 
 
 class _Normalise(torch.autograd.Function):
@@ -349,7 +372,7 @@ class Recomputed(nn.Module):
         chance, own = _chance, super().__call__
 
         def run(*args: Any) -> Any:
-            with _entered(chance and _Chance(chance.seeds, made)):
+            with entered(chance and Chance(chance.seeds, made)):
                 out = own(*args)
                 return out, _chance.made if _chance else 0
 
@@ -363,14 +386,14 @@ class Recomputed(nn.Module):
 # --- chance: which units are dropped --------------------------------------------------------------------------------
 
 
-class _Chance:
+class Chance:
     """Where the network's random decisions come from: a seed a sample, and how many decisions were made so far."""
 
     def __init__(self, seeds: Tensor, made: int = 0) -> None:
         self.seeds, self.made = seeds, made
 
 
-_chance: _Chance | None = None
+_chance: Chance | None = None
 
 
 @contextmanager
@@ -382,12 +405,18 @@ def seeded(seeds: Tensor | None) -> Iterator[None]:
     Args:
         seeds: int64 [B], one a sample, each at least 0; None leaves it to torch's global generator, as it is without.
     """
-    with _entered(None if seeds is None else _Chance(seeds)):
+    with entered(None if seeds is None else Chance(seeds)):
         yield
 
 
+def current_chance() -> Chance | None:
+    """What `seeded` has set; None outside of it."""
+    return _chance
+
+
 @contextmanager
-def _entered(chance: _Chance | None) -> Iterator[None]:
+def entered(chance: Chance | None) -> Iterator[None]:
+    """Let random decisions come from there; they are counted there too."""
     global _chance
     before, _chance = _chance, chance
     try:
@@ -398,7 +427,7 @@ def _entered(chance: _Chance | None) -> Iterator[None]:
 
 def _keys(x: Tensor) -> Tensor:
     """A number below 2^32 for each sample of x and each decision that is made in a pass; int64 [B]."""
-    chance = _chance or _Chance(torch.randint(2**62, (len(x),), device=x.device))
+    chance = _chance or Chance(torch.randint(2**62, (len(x),), device=x.device))
     chance.made += 1
     # A batch may hold its samples several times over, labelled and unlabelled.
     seeds = chance.seeds.to(x.device).repeat(len(x) // len(chance.seeds))

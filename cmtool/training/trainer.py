@@ -152,7 +152,10 @@ class Trainer:
         calls = {id(one): one.network for one in (self.model, self.target, *self._others)}
         self._compiled = list(calls.values()) if compiled else []
         for module in self._compiled:
-            module.compile(dynamic=False)
+            networks.compile_(module)
+        if self.device.type == "cuda" and not compiled and not checkpoint_activations:
+            for module in calls.values():
+                networks.record(module)
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

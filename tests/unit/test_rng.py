@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -109,3 +110,14 @@ def test_forked_shares_masks_on_an_accelerator():
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize("cores", [1, 3, 16])
+def test_threads_draw_what_one_stream_a_row_is(cores, monkeypatch):
+    monkeypatch.setattr(rng, "_cores", lambda: cores)
+    monkeypatch.setattr(rng, "_EACH", 10)
+    seeds = [5, 0, rng.MAX_SEED, 5, 77]
+    found = rng.noise(seeds, (2, 7), stream=3)
+    for row, seed in zip(found, seeds, strict=True):
+        expected = np.random.Generator(np.random.Philox(key=[seed, 3])).standard_normal((2, 7), dtype=np.float32)
+        assert np.array_equal(row.numpy(), expected)
