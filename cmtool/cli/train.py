@@ -19,7 +19,7 @@ class Request:
 
     distils: ClassVar[bool] = False
 
-    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The run folder to make.")]
+    out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="The run folder to make.")] = None
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip, .npz or .npy of images."),
@@ -123,7 +123,22 @@ class Request:
             help="Check everything, print the settings, the memory and the time it takes; start nothing.",
         ),
     ] = False
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            help="Continue a run; nothing else is needed. With --data, start it if it is new.",
+        ),
+    ] = None
+    stop_after: Annotated[
+        int | None,
+        typer.Option("--stop-after", metavar="N", min=1, help="Stop after N steps as a signal would: save, exit 75."),
+    ] = None
+    keep: Annotated[
+        int | None,
+        typer.Option("--keep", metavar="N", min=1, help="Checkpoints to continue from that stay. [default: 2]"),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False
     as_json: options.Json = False
     # Those of `distill`, hidden here: `train` says where they belong.

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,11 +43,12 @@ def run(request: Request) -> None:
         if getattr(request, one) and getattr(request, other):
             raise UsageError(f"--{one} and --{other} do not go together", "give one of the two")
 
-    from cmtool.io.run import RunFolder, read_config
+    from cmtool.io.run import KEEP, RunFolder, read_config
 
-    folder = RunFolder(request.out)
-    resumed = request.resume and _holds_something(folder)
-    if request.resume and not resumed and request.data is None:
+    folder = RunFolder(_folder(request), keep=request.keep or KEEP)
+    # A job that is always started with --resume begins with nothing.
+    resumed = request.resume is not None and folder.holds_something
+    if request.resume is not None and not resumed and request.data is None:
         raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
     if not resumed and not request.dry_run:
         folder.check(overwrite=request.overwrite)
@@ -104,38 +105,57 @@ def run(request: Request) -> None:
         checkpoint_activations=request.checkpoint_activations,
         compiled=request.compile_,
     )
-    state = folder.latest() if resumed else None
-    if state is not None:
-        trainer.load_state_dict(state)
-    if micro is None:
-        trainer.micro_batch = _fitting(trainer)
-    if request.dry_run:
-        _describe(config, trainer, request.as_json)
-        return
-    if resumed:
-        folder.rewind(trainer.step)
-    else:
-        if request.resume:
-            console.note(f"there is no run in {folder.path} yet: starting one")
-        folder.prepare(config, overwrite=request.overwrite)
-    _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
-    _announce_start(recipe, init or (teacher if recipe.init_from_teacher else None))
-    try:
-        _loop(trainer, folder, request)
-    except DivergenceError as error:
-        kept = folder.saved()
-        raise DivergenceError(
-            error.message + (f"; the checkpoint of step {kept:,} is intact" if kept else " and no checkpoint was made"),
-            "start again with a lower --lr or --precision fp32, and --overwrite or another --out",
-        ) from error
+    with folder.writing() if not request.dry_run else nullcontext():
+        damaged = _continue(trainer, folder) if resumed else ()
+        if micro is None:
+            trainer.micro_batch = _fitting(trainer)
+        if request.dry_run:
+            _describe(config, trainer, request.as_json)
+            return
+        if resumed:
+            folder.put_aside(damaged)
+            folder.rewind(trainer.step)
+        else:
+            if request.resume is not None:
+                console.note(f"there is no run in {folder.path} yet: starting one")
+            folder.prepare(config, overwrite=request.overwrite)
+        _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
+        _announce_start(recipe, init or (teacher if recipe.init_from_teacher else None))
+        try:
+            _loop(trainer, folder, request)
+        except DivergenceError as error:
+            kept = folder.saved()
+            raise DivergenceError(
+                error.message
+                + (f"; the checkpoint of step {kept:,} is intact" if kept else " and no checkpoint was made"),
+                "start again with a lower --lr or --precision fp32, and --overwrite or another --out",
+            ) from error
 
 
 # Resolving what is asked for.
 
 
-def _holds_something(folder: RunFolder) -> bool:
-    """Whether there is a run to continue; a job that is always started with --resume begins with nothing."""
-    return folder.path.is_dir() and any(folder.path.iterdir())
+def _folder(request: Request) -> Path:
+    """Where the run is, or will be."""
+    if request.out is not None and request.resume is not None and request.out != request.resume:
+        raise UsageError(
+            f"--resume {request.resume} continues that run, and --out {request.out} is another folder",
+            "leave out --out, or start anew with --config and --out",
+        )
+    found = request.resume or request.out
+    if found is None:
+        raise UsageError("missing option '--out'", "for example --out runs/first")
+    return found
+
+
+def _continue(trainer: Trainer, folder: RunFolder) -> tuple[Path, ...]:
+    """Take the trainer to where the run was saved; the checkpoints that are too damaged for that."""
+    state, damaged = folder.latest()
+    if state is not None:
+        trainer.load_state_dict(state)
+    for file in damaged:
+        console.note(f"{file} is damaged and put aside: continuing from step {trainer.step:,}")
+    return damaged
 
 
 def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -548,7 +568,7 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
     with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal() as stopped:
         for report in trainer.run():
             losses.append(report.loss)
-            ending = report.step == total or stopped()
+            ending = report.step == total or stopped() or report.step - first == request.stop_after
             if report.step % log_every == 0 or ending:
                 loss = float(sum(losses) / len(losses))
                 now = time.monotonic()
@@ -590,7 +610,7 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
     else:
         console.emit_line(model)
     if trainer.step < total:
-        console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume continues")
+        console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume {folder.path} continues")
         raise typer.Exit(INTERRUPTED if stopped() == signal.SIGINT else STOPPED)
 
 

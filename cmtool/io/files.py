@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -27,9 +28,58 @@ def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
+        _settle(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _settle(folder: Path) -> None:
+    """Let the new name in the folder survive a loss of power; where folders cannot be opened, nothing."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder and below it. None may be writing there."""
+    for left in folder.rglob(".*.part"):
+        left.unlink(missing_ok=True)
+
+
+class Locked(Exception):
+    """Somebody else holds the lock."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock as long as the block lasts; the system lets go of it when the process ends, however it ends.
+
+    Where the system or the file system has no such locks, there is none.
+
+    Raises:
+        Locked: if another holds it.
+        OSError: if the folder cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Locked from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -3,7 +3,7 @@
 config.json          the resolved recipe, data and options; `--config` reads it back
 metrics.jsonl        one line a report
 samples/NNNNNNN.png  a grid from the average, always from the same seeds
-checkpoints/         step_NNNNNNN.pt, the state to continue from
+checkpoints/         step_NNNNNNN.pt, the states to continue from, the newest few
 model.safetensors    the average weights
 averages/NAME/       where a run keeps several averages: step_NNNNNNN.safetensors, ordinary model files; of the kinds
                      that others can be made of later, all of the stage and in float16, of the others the newest
@@ -14,12 +14,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cmtool.errors import CheckpointError, UsageError
-from cmtool.io import checkpoint
+from cmtool.io import checkpoint, files
 from cmtool.io.files import write_atomic
 
 if TYPE_CHECKING:
@@ -28,18 +31,54 @@ if TYPE_CHECKING:
     from cmtool.flow.flow_map import FlowMap
     from cmtool.training.trainer import Trainer
 
-_KEEP = 2  # training states kept; each holds the model several times over
+KEEP = 2  # training states kept; each holds the model several times over
+_MARGIN = 1.02  # what files take, over the numbers in them
+_INTACT = "make room, then continue with --resume; earlier checkpoints are intact"
 
 
 class RunFolder:
-    """One training's folder."""
+    """One training's folder.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    Args:
+        path: where it is.
+        keep: how many training states stay.
+    """
+
+    def __init__(self, path: str | Path, *, keep: int = KEEP) -> None:
+        self.path, self.keep = Path(path), keep
+        self._known = False  # that there is a run
 
     @property
     def config_file(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def holds_something(self) -> bool:
+        """Whether anything was begun here; what is left of a run that was killed before it began does not count."""
+        return self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir())
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one that writes here, for as long as the block lasts or the process lives.
+
+        Raises:
+            UsageError: if another process does, or nothing can be written here.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(files.locked(self.path))
+                files.remove_parts(self.path)
+            except files.Locked as error:
+                raise UsageError(
+                    f"another process writes to {self.path}", "wait for it or stop it, or name another folder"
+                ) from error
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # made for nothing; one that holds anything stays
+                    self.path.rmdir()
 
     def check(self, *, overwrite: bool = False) -> None:
         """Whether a new run may be made here; asked before anything large is read.
@@ -51,11 +90,12 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file, not a folder", "name a new folder")
-        if not any(self.path.iterdir()):
+        if not self.holds_something:
             return
         if not overwrite:
             raise UsageError(
-                f"the folder {self.path} is not empty", "continue it with --resume, or replace it with --overwrite"
+                f"the folder {self.path} is not empty",
+                f"continue it with --resume {self.path}, or replace it with --overwrite",
             )
         if not self.config_file.is_file():
             raise UsageError(
@@ -73,10 +113,9 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             text = json.dumps(config, indent=2) + "\n"
             write_atomic(self.config_file, lambda file: file.write(text.encode()))
+            self._known = True
         except OSError as error:
-            raise UsageError(
-                f"cannot write to {self.path}: {error.strerror or error}", "name another folder with --out"
-            ) from error
+            raise _unwritable(self.path, error) from error
 
     def config(self) -> dict[str, Any]:
         """The config of an existing run.
@@ -84,17 +123,29 @@ class RunFolder:
         Raises:
             CheckpointError: if there is none or it cannot be read.
         """
-        return read_config(self.config_file)
+        found = read_config(self.config_file)
+        self._known = True
+        return found
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl.
+
+        Raises:
+            CheckpointError: if it cannot be written.
+        """
+        try:
+            self._append(line)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.path}: {error.strerror or error}", _INTACT) from error
+
+    def _append(self, line: dict[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`, lines of metrics.jsonl and averages: a continued run writes it again."""
-        for files in self.averages().values():
-            for made, old in files.items():
+        for series in self.averages().values():
+            for made, old in series.items():
                 if made > step:
                     old.unlink()
         file = self.path / "metrics.jsonl"
@@ -122,27 +173,50 @@ class RunFolder:
         return {name: dict(sorted(files.items())) for name, files in sorted(found.items())}
 
     def save(self, trainer: Trainer) -> None:
-        """Write the average weights, then the training state; what is outdated goes when the new is complete."""
+        """Write the average weights, then the training state; what is outdated goes when the new is complete.
+
+        Raises:
+            CheckpointError: too little space, or the folder cannot be written to; earlier checkpoints are intact.
+        """
         import torch
 
+        state = trainer.state_dict()
         first = trainer.average
-        checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
-        if len(trainer.averages) > 1:
-            for name, (rule, model) in trainer.averages.items():
-                model.card = replace(first.card, average=name)
-                file = self.path / "averages" / name / f"step_{trainer.step:07d}.safetensors"
-                checkpoint.save(model, file, dtype=_storage(model) if rule.post_hoc else None)
-        folder = self.path / "checkpoints"
+        series = [(rule, model) for rule, model in trainer.averages.values() if len(trainer.averages) > 1]
         try:
-            write_atomic(folder / f"step_{trainer.step:07d}.pt", lambda file: torch.save(trainer.state_dict(), file))
-        except OSError as error:
+            self._check_space(state, [first, *(model for _, model in series)])
+            checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
+            for rule, model in series:
+                model.card = replace(first.card, average=rule.name)
+                file = self.path / "averages" / rule.name / f"step_{trainer.step:07d}.safetensors"
+                checkpoint.save(model, file, dtype=_storage(model) if rule.post_hoc else None)
+            write_atomic(self._state(trainer.step), lambda file: torch.save(state, file))
+            for old in self._states()[: -self.keep]:
+                old.unlink(missing_ok=True)
+            self._prune_averages(trainer)
+        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
+            if not isinstance(error, OSError) and "write" not in str(error):
+                raise
+            words = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise CheckpointError(
-                f"cannot write the checkpoint of step {trainer.step}: {error.strerror or error}",
-                "free some space; earlier checkpoints are intact",
+                f"cannot write the checkpoint of step {trainer.step:,} to {self.path}: {words}", _INTACT
             ) from error
-        for old in self._states()[:-_KEEP]:
-            old.unlink(missing_ok=True)
-        self._prune_averages(trainer)
+
+    def _check_space(self, state: Any, models: Iterable[FlowMap]) -> None:
+        """Before anything is written: a disk that fills up on the way may not even have room to say so."""
+        if self._known and not self.config_file.is_file():
+            raise CheckpointError(
+                f"the run folder {self.path} has vanished: it has no config.json any more",
+                "bring it back and continue with --resume, or start again",
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        needed = _MARGIN * (_size(state) + sum(_size(dict(model.state_dict())) for model in models))
+        free = shutil.disk_usage(self.path).free
+        if free < needed:
+            raise CheckpointError(
+                f"the checkpoint needs {needed / 2**20:,.0f} MiB and {self.path} has {free / 2**20:,.0f} MiB left",
+                _INTACT,
+            )
 
     def _prune_averages(self, trainer: Trainer) -> None:
         """Keep the newest file of each average, and its whole series where others can be made of it later.
@@ -160,6 +234,9 @@ class RunFolder:
                 if step != trainer.step and not in_series:
                     old.unlink(missing_ok=True)
 
+    def _state(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step_{step:07d}.pt"
+
     def _states(self) -> list[Path]:
         """The training states, the oldest first."""
         found = (self.path / "checkpoints").glob("step_*.pt")
@@ -170,24 +247,64 @@ class RunFolder:
         states = self._states()
         return int(states[-1].stem.removeprefix("step_")) if states else 0
 
-    def latest(self) -> dict[str, Any] | None:
-        """The newest training state, or None if there is none yet.
+    def latest(self) -> Latest:
+        """The newest training state that can be read; damaged ones are put aside.
 
         Raises:
-            CheckpointError: if it cannot be read.
+            CheckpointError: if there are some and none can be read.
         """
-        import torch
+        damaged: list[Path] = []
+        for file in reversed(self._states()):
+            state = _read_state(file)
+            if state is not None:
+                break
+            damaged.append(file)
+        else:
+            if damaged:
+                raise CheckpointError(
+                    f"no checkpoint in {self.path / 'checkpoints'} can be read, not even {damaged[-1].name}",
+                    "begin anew with --overwrite, or with --config and another --out",
+                )
+            return Latest(None, ())
+        return Latest(state, tuple(damaged))
 
-        states = self._states()
-        if not states:
-            return None
-        try:
-            state: dict[str, Any] = torch.load(states[-1], map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load fails on damaged files in many ways
-            raise CheckpointError(
-                f"the checkpoint {states[-1]} cannot be read", "delete it to continue from the one before"
-            ) from error
-        return state
+    def put_aside(self, damaged: Iterable[Path]) -> None:
+        """Let checkpoints no longer count."""
+        for file in damaged:
+            file.replace(file.with_suffix(".damaged"))
+
+
+class Latest(NamedTuple):
+    """What a run goes on from: a training state or None, and the newer ones that are damaged."""
+
+    state: dict[str, Any] | None
+    damaged: tuple[Path, ...]
+
+
+def _read_state(file: Path) -> dict[str, Any] | None:
+    """A training state; None for a file that is damaged. Every byte is compared with its checksum."""
+    import torch
+
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if archive.testzip() is not None:
+                return None
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load fails on damaged files in many ways
+        return None
+    return state
+
+
+def _size(state: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if hasattr(state, "element_size"):
+        return int(state.numel() * state.element_size())
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ()
+    return sum(_size(part) for part in parts)
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write to {path}: {error.strerror or error}", "name another folder with --out")
 
 
 def _storage(model: FlowMap) -> torch.dtype | None:

@@ -10,7 +10,7 @@ continued from a checkpoint goes on exactly as if it had not been stopped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -267,13 +267,21 @@ class Trainer:
             module._compiled_call_impl = None
         self._compiled = []
 
-    def _check(self) -> None:
-        """Raise if anything so far was not finite. Also called before weights leave, so none are saved that are not."""
+    def _check(self, *, weights: bool = False) -> None:
+        """Raise if anything so far was not finite.
+
+        Args:
+            weights: look at them, too: before they leave, so that none are saved that are not finite.
+        """
         sick = self._health.first()
+        if sick is None and weights and not _finite(self.model.parameters()):
+            sick = self.step, "weights"
         if sick is not None:
             step, term = sick
+            seed, were = rng.derive(self.seed, 2, step - 1), "were" if term == "weights" else "was"
             raise DivergenceError(
-                f"the training diverged: at step {step:,} the {term} was no longer finite",
+                f"the training diverged: at step {step:,} the {term} {were} no longer finite (seed {self.seed}, that "
+                f"of the batch {seed})",
                 "try a lower learning rate, or float32",
             )
 
@@ -340,7 +348,7 @@ class Trainer:
         Raises:
             DivergenceError: if the training has diverged.
         """
-        self._check()
+        self._check(weights=True)
         name, (_, model) = next(iter(self.averages.items()))
         model.card = replace(model.card, average=name, iterations=self.step)
         return model
@@ -351,7 +359,7 @@ class Trainer:
         Raises:
             DivergenceError: if the training has diverged.
         """
-        self._check()
+        self._check(weights=True)
         return {
             "step": self.step,
             "seed": self.seed,
@@ -395,6 +403,12 @@ class Health:
         found = [(int(step), name) for name, step in self._first.items()]
         worst = min(found, key=lambda one: one[0], default=(_NEVER, ""))
         return None if worst[0] == _NEVER else (worst[0], worst[1])
+
+
+@torch.no_grad()
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all entries of all tensors are; waits for the device."""
+    return bool(torch.stack([tensor.detach().sum() for tensor in tensors]).isfinite().all())
 
 
 def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:

@@ -10,7 +10,8 @@ MAKE = "--batch --device --precision --json"
 EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
     --crop --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every
-    --micro-batch --checkpoint-activations --compile --no-compile --dry-run -n --resume --overwrite {MAKE}"""
+    --micro-batch --checkpoint-activations --compile --no-compile --dry-run -n --resume --stop-after --keep
+    --overwrite {MAKE}"""
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
@@ -30,7 +31,8 @@ FLAGS = {
     "presets": "",
     "presets ls": "--json",
     "presets show": "NAME --recipe --no-recipe --resolution --json",
-    "bench": "--rows --batch --rounds --threads --quick --peer --no-peer --device --precision --json",
+    "bench": "--rows --batch --rounds --threads --quick --peer --no-peer --peer-precision --compile --no-compile "
+    "--device --precision --json",
     "data": "",
     "data inspect": "PATH --json",
     "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",

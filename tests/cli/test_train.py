@@ -301,7 +301,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(train, cli, t
     assert signal.getsignal(number) == before
     assert checkpoint.load(tmp_path / "parts").card.iterations == 3
 
-    result = cli("train", "--out", tmp_path / "parts", "--resume", "--precision", "fp32")
+    result = cli("train", "--resume", tmp_path / "parts", "--precision", "fp32")
     assert result.code == 0, result.stderr
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     last, other = metrics(tmp_path / "parts")[-1], metrics(tmp_path / "whole")[-1]
@@ -314,7 +314,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path):
         interrupt(patch, 5, None)
         with pytest.raises(Killed):
             train("parts", "--save-every", 2, iterations=6)
-    result = train("parts", "--resume", iterations=6)  # the same command line, with --resume
+    result = train("parts", "--resume", tmp_path / "parts", iterations=6)  # the same command line, with --resume
     assert "from step 4" in result.stderr
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
@@ -322,7 +322,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path):
 def test_a_finished_run_has_nothing_left(train, tmp_path):
     train("run")
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    result = train("run", "--resume")
+    result = train("run", "--resume", tmp_path / "run")
     assert result.code == 0
     assert "nothing left to do" in result.stderr
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
@@ -330,20 +330,22 @@ def test_a_finished_run_has_nothing_left(train, tmp_path):
 
 def test_a_continued_run_stays_the_same_run(train, cli, pictures, tmp_path):
     train("run")
-    train("run", "--resume", "--lr", "1").error(2, "optimizer.lr", "1.0")
-    train("run", "--resume", iterations=9).error(2, "iterations = 4, not 9", f"--init {tmp_path / 'run'}")
-    train("run", "--resume", "--seed", 3).error(2, "seed = 0, not 3")
-    train("run", "--resume", preset="ct").error(2, "--preset ct contradicts")
+    train("run", "--resume", tmp_path / "run", "--lr", "1").error(2, "optimizer.lr", "1.0")
+    train("run", "--resume", tmp_path / "run", iterations=9).error(
+        2, "iterations = 4, not 9", f"--init {tmp_path / 'run'}"
+    )
+    train("run", "--resume", tmp_path / "run", "--seed", 3).error(2, "seed = 0, not 3")
+    train("run", "--resume", tmp_path / "run", preset="ct").error(2, "--preset ct contradicts")
     np.savez(pictures.parent / "other.npz", images=Pictures(seed=1).images.permute(0, 2, 3, 1).numpy())
-    cli("train", "--out", tmp_path / "run", "--resume", "--data", pictures.parent / "other.npz").error(1, "no labels")
+    cli("train", "--resume", tmp_path / "run", "--data", pictures.parent / "other.npz").error(1, "no labels")
 
 
 def test_resuming_nothing(train, cli, tmp_path):
-    cli("train", "--out", tmp_path / "none", "--resume").error(2, "no run", "none")
-    assert train("fresh", "--resume").code == 0  # a job that is always started with --resume
+    cli("train", "--resume", tmp_path / "none").error(2, "no run", "none")
+    assert train("fresh", "--resume", tmp_path / "fresh").code == 0  # a job that is always started with --resume
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").touch()
-    train("mine", "--resume").error(1, "no", "config.json")
+    train("mine", "--resume", tmp_path / "mine").error(1, "no", "config.json")
 
 
 # --- divergence ------------------------------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def test_a_diverging_run_names_step_term_and_checkpoint_and_overwrites_nothing(t
     assert all(line["loss"] is not None for line in lines[: step - 1])
     assert None in (lines[step - 1]["loss"], lines[step - 1]["grad_norm"])
 
-    again = train("run", "-q", *rising, *often, "--resume", preset=preset, iterations=60)
+    again = train("run", "-q", *rising, *often, "--resume", tmp_path / "run", preset=preset, iterations=60)
     assert again.error(1) == text
     assert hashes(run) == kept[-1]
 
@@ -468,8 +470,8 @@ def test_whatever_a_method_remembers_it_goes_on_with(cli, pictures, models, argv
             interrupt(patch, stop, signal.SIGTERM)
             stopped = cli(*argv, *shared, *rates, "--log-every", 1, "--out", models / "parts", *resume)
         assert stopped.code == 75, stopped.stderr
-        resume = ("--resume",)
-    result = cli(argv[0], "--out", models / "parts", "--resume", "--precision", "fp32", "--log-every", 1)
+        resume = ("--resume", models / "parts")
+    result = cli(argv[0], "--resume", models / "parts", "--precision", "fp32", "--log-every", 1)
     assert result.code == 0, result.stderr
     assert same(weights(models / "whole"), weights(models / "parts"))
     assert identical(state(models / "whole"), state(models / "parts"))
@@ -542,7 +544,7 @@ def test_several_averages_are_kept(train, cli, tmp_path):
         (["train", "--preset", "edm", "--network", "adm-imagenet64", "--set", "augment=augment"], 2, ["kind adm"]),
         (["train", "--preset", "edm", "--config", "STUDENT"], 1, ["JSON"]),
         (["train", "--preset", "edm", "--init", "TEACHER", "--set", "network.channels=16"], 2, ["do not fit"]),
-        (["train", "--preset", "edm", "--resume", "--overwrite"], 2, ["do not go together"]),
+        (["train", "--preset", "edm", "--resume", "x", "--overwrite"], 2, ["do not go together"]),
         (["train", "--preset", "edm", "--device", "cuda:77"], 2, ["cuda:77"]),
     ],
 )

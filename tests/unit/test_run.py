@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
+import shutil
+import signal
 from contextlib import suppress
 from dataclasses import replace
 
@@ -120,7 +123,7 @@ def test_rewinding_drops_what_will_be_written_again(tmp_path):
 def test_a_run_goes_on_from_its_folder(tmp_path):
     folder = RunFolder(tmp_path)
     folder.prepare(CONFIG)
-    assert folder.latest() is None
+    assert folder.latest() == (None, ())
     first = trainer(CT_RECIPE)
     for _ in first.run():
         folder.save(first)
@@ -128,7 +131,7 @@ def test_a_run_goes_on_from_its_folder(tmp_path):
             break
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step_0000003.pt", "step_0000004.pt"]
     second = trainer(CT_RECIPE)
-    second.load_state_dict(folder.latest())
+    second.load_state_dict(folder.latest().state)
     assert_same(first, second)
     straight = trainer(CT_RECIPE)
     run(straight)
@@ -155,6 +158,112 @@ def test_a_damaged_state_is_named_wherever_it_is_cut(tmp_path):
         file.write_bytes(raw[:position] + b"\xff" * 20 + raw[position + 20 :])
         with suppress(CheckpointError):  # not every byte matters
             folder.latest()
+
+
+def test_a_changed_number_is_seen_and_the_state_before_is_taken(tmp_path):
+    folder = RunFolder(tmp_path, keep=3)
+    folder.prepare(CONFIG)
+    made = trainer(EDM_RECIPE)
+    for _ in range(3):
+        run(made, 1)
+        folder.save(made)
+    for newest, number in ((3, 2), (2, 1)):
+        file = tmp_path / "checkpoints" / f"step_000000{newest}.pt"
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1  # a weight: nothing but a checksum tells
+        file.write_bytes(raw)
+        state, damaged = folder.latest()
+        assert state is not None
+        assert (state["step"], damaged) == (number, (file,))
+        folder.put_aside(damaged)
+        assert folder.saved() == number
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "step_0000001.pt",
+        "step_0000002.damaged",
+        "step_0000003.damaged",
+    ]
+
+
+def test_as_many_states_stay_as_asked_for(tmp_path):
+    folder = RunFolder(tmp_path, keep=1)
+    made = trainer(EDM_RECIPE)
+    for _ in range(3):
+        run(made, 1)
+        folder.save(made)
+    assert os.listdir(tmp_path / "checkpoints") == ["step_0000003.pt"]
+
+
+def test_one_writer_a_folder(tmp_path):
+    path = tmp_path / "run"
+    with (
+        RunFolder(path).writing(),
+        pytest.raises(UsageError, match="another process writes to"),
+        RunFolder(path).writing(),
+    ):
+        pytest.fail("two at once")
+    assert not path.exists()  # nothing was made of it
+    with RunFolder(path).writing():
+        RunFolder(path).prepare(CONFIG)
+    assert os.listdir(path) == ["config.json"]
+
+
+def test_a_writer_removes_what_killed_ones_left(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    for name in (".config.json.x.part", "checkpoints/.step_0000001.pt.y.part", "mine.part"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with folder.writing():
+        assert sorted(path.name for path in tmp_path.rglob("*.part")) == ["mine.part"]
+
+
+def test_a_disk_too_small_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    made = trainer(EDM_RECIPE)
+    run(made, 1)
+    folder.save(made)
+    before = snapshot(tmp_path)
+    run(made, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match=r"needs . MiB and .* has 0 MiB left"):
+        folder.save(made)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_disk_that_fills_up_keeps_what_was_there(tmp_path):
+    """A limit on the size of files, which no check of ours foresees, stands in for the disk."""
+    folder = RunFolder(tmp_path)
+    folder.prepare(CONFIG)
+    made = trainer(EDM_RECIPE)
+    run(made, 1)
+    folder.save(made)
+    before = snapshot(tmp_path)
+    run(made, 1)
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            folder.save(made)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert snapshot(tmp_path) == before
+    assert folder.latest().state is not None
+
+
+def test_a_vanished_folder_is_not_made_anew(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.prepare(CONFIG)
+    made = trainer(EDM_RECIPE)
+    run(made, 1)
+    shutil.rmtree(folder.path)
+    with pytest.raises(CheckpointError, match="vanished"):
+        folder.save(made)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        folder.log({"step": 1})
+    assert not folder.path.exists()
 
 
 def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
@@ -258,7 +367,7 @@ def test_a_continued_run_leaves_the_same_averages(tmp_path):
     saved(parts, first, 3)
     run(first, 1)
     second = trainer(POWERS)
-    second.load_state_dict(parts.latest())
+    second.load_state_dict(parts.latest().state)
     parts.rewind(second.step)
     saved(parts, second, 2)
     assert stored(parts) == stored(whole)
