@@ -1,0 +1,84 @@
+"""Runs that are killed, and what a continued run needs and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def start(cli, pictures, tmp_path):
+    """A small run of six steps in `tmp_path / name`."""
+
+    def start(name, *more):
+        small = ("--batch", 4, "--iterations", 6, "--sample-every", 0, "--set", "network.channels=8")
+        ask = ("train", "--data", pictures, "--preset", "edm", "--precision", "fp32", *small, "--log-every", 1)
+        return cli(*ask, "--out", tmp_path / name, *more)
+
+    return start
+
+
+def test_a_killed_run_comes_to_the_same(tmp_path):
+    """The long form is in the log of examples."""
+    ask = [sys.executable, "-m", "tests.faults", "--kills", "4", "--presets", "ct", "--out", str(tmp_path)]
+    done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 4
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_stops_where_it_is_told_and_goes_on_from_its_folder_alone(start, cli, tmp_path):
+    run = tmp_path / "run"
+    stopped = start("run", "--stop-after", 2)
+    assert stopped.code == 75
+    assert f"stopped at step 2 of 6; --resume {run} continues" in stopped.stderr
+    again = cli("train", "--resume", run, "--precision", "fp32", "--stop-after", 3)
+    assert again.code == 75
+    assert "stopped at step 5 of 6" in again.stderr
+    assert cli("train", "--resume", run, "--precision", "fp32", "--stop-after", 3, "--log-every", 1).code == 0
+    assert steps(run)[-1] == 6
+
+
+def test_the_run_to_continue_is_named_once(start, cli, tmp_path):
+    assert start("run", "--stop-after", 1).code == 75
+    cli("train", "--resume", tmp_path / "run", "--out", tmp_path / "other").error(2, "--resume", "--out", "other")
+    cli("train", "--preset", "edm", "--data", "digits").error(2, "missing option '--out'")
+    cli("train", "--resume", tmp_path / "run", "--stop-after", 0).error(2, "--stop-after")
+    assert cli("train", "--resume", tmp_path / "run", "--out", tmp_path / "run", "--precision", "fp32").code == 0
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(start, cli, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert start("whole").code == 0
+    assert start("run", "--save-every", 2, "--stop-after", 4, "--keep", 3).code == 75
+    newest = run / "checkpoints" / "step_0000004.pt"
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
+    result = cli("train", "--resume", run, "--precision", "fp32", "--log-every", 1)
+    assert result.code == 0, result.stderr
+    assert "step_0000004.pt is damaged and put aside: continuing from step 2" in result.stderr
+    assert steps(run) == steps(whole)
+    assert (run / "checkpoints" / "step_0000004.damaged").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody may write to")
+def test_a_folder_that_cannot_be_written_to(start):
+    start("/proc/run").error(2, "cannot write to /proc/run", "--out")
+
+
+def test_two_runs_do_not_share_a_folder(start, cli, tmp_path):
+    from cmtool.io.run import RunFolder
+
+    assert start("run", "--stop-after", 1).code == 75
+    with RunFolder(tmp_path / "run").writing():
+        cli("train", "--resume", tmp_path / "run").error(2, "another process writes to")
