@@ -6,7 +6,6 @@ that seed alone. So image k is the same image for any batch size, order or numbe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,14 +35,12 @@ def noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor
         float32 tensor of shape [len(seeds), *shape] on the CPU.
     """
     out = np.empty((len(seeds), *shape), dtype=np.float32)
-
-    workers = max(1, min(_cores(), out.size // _EACH))
-    parts = [(out[first::workers], seeds[first::workers]) for first in range(workers)]
+    workers = max(1, min(torch.get_num_threads(), out.size // _EACH))
     if workers == 1:
         _fill(out, seeds, stream)
     else:  # a GPU would wait for one core; numpy draws without the interpreter's lock
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda part: _fill(part[0], part[1], stream), parts))
+            list(pool.map(lambda first: _fill(out[first::workers], seeds[first::workers], stream), range(workers)))
     return torch.from_numpy(out)
 
 
@@ -66,11 +63,6 @@ def labels(seeds: Sequence[int], num_classes: int) -> Tensor:
 
 def _generator(seed: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed, stream], dtype=np.uint64)))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def derive(seed: int, *streams: int) -> int:

@@ -102,8 +102,9 @@ class Request:
         ),
     ] = False
     compile_: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks; of use on GPUs.")
-    ] = False
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks; of use on GPUs."),
+    ] = None
     device: options.Device = "auto"
     precision: options.Precision = "auto"
     log_every: Annotated[int | None, typer.Option("--log-every", metavar="N", min=1, help="Steps between metrics.")] = (

@@ -45,7 +45,7 @@ def run(request: Request) -> None:
 
     from cmtool.io.run import KEEP, RunFolder, read_config
 
-    folder = RunFolder(_folder(request), keep=request.keep or KEEP)
+    folder = RunFolder(_folder(request))
     # A job that is always started with --resume begins with nothing.
     resumed = request.resume is not None and folder.holds_something
     if request.resume is not None and not resumed and request.data is None:
@@ -57,6 +57,8 @@ def run(request: Request) -> None:
         raise CheckpointError(f"--config {request.config}: there is no such run or file", "name a run or a config.json")
     earlier = folder.config() if resumed else read_config(request.config) if request.config else {}
     settings = _settings(request, earlier)
+    request = _recalled(request, earlier, resumed=resumed)
+    folder.keep = request.keep or KEEP
 
     from cmtool import precision as policy
     from cmtool.io.data import open_data
@@ -86,7 +88,7 @@ def run(request: Request) -> None:
     _check_guidance(recipe, teacher)
     _check_pairs(recipe, data)
     _check_labels(data, recipe)
-    config = _config(recipe, settings, data)
+    config = _config(recipe, settings, data, _ways(request, compute))
     if resumed:
         _check_unchanged(config, earlier, folder.path)
     card = _card(recipe, settings, data, teacher, init)
@@ -103,7 +105,7 @@ def run(request: Request) -> None:
         compute_dtype=compute,
         micro_batch=micro,
         checkpoint_activations=request.checkpoint_activations,
-        compiled=request.compile_,
+        compiled=bool(request.compile_),
     )
     with folder.writing() if not request.dry_run else nullcontext():
         damaged = _continue(trainer, folder) if resumed else ()
@@ -114,6 +116,8 @@ def run(request: Request) -> None:
             return
         if resumed:
             folder.put_aside(damaged)
+            for file in damaged:
+                console.note(f"{file} is damaged and put aside: continuing from step {trainer.step:,}")
             folder.rewind(trainer.step)
         else:
             if request.resume is not None:
@@ -153,9 +157,40 @@ def _continue(trainer: Trainer, folder: RunFolder) -> tuple[Path, ...]:
     state, damaged = folder.latest()
     if state is not None:
         trainer.load_state_dict(state)
-    for file in damaged:
-        console.note(f"{file} is damaged and put aside: continuing from step {trainer.step:,}")
     return damaged
+
+
+# How a run goes about its work, and what such a value looks like: none changes the result by more than rounding.
+_WAYS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("log_every", "save_every", "keep"), lambda value: type(value) is int and value > 0),
+    "sample_every": lambda value: type(value) is int and value >= 0,
+    "micro_batch": lambda value: isinstance(value, str),
+    **dict.fromkeys(("checkpoint_activations", "compile_"), lambda value: value is True),
+    "precision": lambda value: value in ("fp32", "bf16"),
+}
+
+
+def _recalled(request: Request, earlier: Mapping[str, Any], *, resumed: bool) -> Request:
+    """The request with the ways of the earlier run, where it asks for no others.
+
+    A continued run computes in the type it began with, whatever machine it is on now; a new one in that of its machine.
+    """
+    stored = earlier.get("ways") or {}
+    if not isinstance(stored, dict) or not all(name in _WAYS and _WAYS[name](stored[name]) for name in stored):
+        raise UsageError("the config has a section of ways that is none", f"it may hold {', '.join(_WAYS)}")
+    silent = [name for name in stored if not _asked(getattr(request, name))]
+    return dataclasses.replace(request, **{name: stored[name] for name in silent if resumed or name != "precision"})
+
+
+def _asked(value: object) -> bool:
+    """Whether an option was given; 0 is a value."""
+    return value is not None and value is not False and value != "auto"
+
+
+def _ways(request: Request, compute: torch.dtype | None) -> dict[str, Any]:
+    """What `_recalled` reads."""
+    found = {name: getattr(request, name) for name in _WAYS} | {"precision": "fp32" if compute is None else "bf16"}
+    return {name: value for name, value in found.items() if _asked(value) or (name == "micro_batch" and value)}
 
 
 def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,7 +318,7 @@ def _merged(base: Any, over: Any) -> Any:
     return base | {name: _merged(base.get(name), value) for name, value in over.items()}
 
 
-def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
+def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, ways: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved run: what config.json holds."""
     from cmtool import spec
 
@@ -294,6 +329,7 @@ def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset) -> dict[
         "recipe": spec.to_dict(recipe),
         **settings,
         "data": settings["data"] | resolved | {"channels": report.channels, "fingerprint": data.fingerprint},
+        "ways": dict(ways),
     }
 
 
@@ -439,7 +475,7 @@ def _check_labels(data: Dataset, recipe: Recipe) -> None:
 
 def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], out: Path) -> None:
     """A continued run is the same run: what decides its result may not change."""
-    new, old = (dict(options.settings({**part, "version": None})) for part in (config, stored))
+    new, old = (dict(options.settings({**part, "version": None, "ways": None})) for part in (config, stored))
     for name in sorted(new.keys() | old.keys()):
         if new.get(name) != old.get(name):
             longer = f"what follows the length would change: train on with --init {out} and another --out"

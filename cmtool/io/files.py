@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -23,7 +23,11 @@ def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            told = _Telling(file)
+            try:
+                write(told)  # type: ignore[arg-type]
+            except Exception as error:
+                raise told.error or error from error
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
@@ -32,6 +36,24 @@ def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+class _Telling:
+    """A file that remembers why it could not be written: torch's writer makes an error without a reason of it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _settle(folder: Path) -> None:

@@ -194,12 +194,10 @@ class RunFolder:
             for old in self._states()[: -self.keep]:
                 old.unlink(missing_ok=True)
             self._prune_averages(trainer)
-        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
-            if not isinstance(error, OSError) and "write" not in str(error):
-                raise
-            words = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except OSError as error:
             raise CheckpointError(
-                f"cannot write the checkpoint of step {trainer.step:,} to {self.path}: {words}", _INTACT
+                f"cannot write the checkpoint of step {trainer.step:,} to {self.path}: {error.strerror or error}",
+                _INTACT,
             ) from error
 
     def _check_space(self, state: Any, models: Iterable[FlowMap]) -> None:

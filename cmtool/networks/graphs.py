@@ -7,7 +7,6 @@ what cannot be recorded, or only comes once, runs as it is. With CMTOOL_GRAPHS=0
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from cmtool.networks import native
 from cmtool.networks.layers import Chance, current_chance, entered
 
 _MOST = 16  # graphs of one network: each holds the memory of its activations
@@ -194,7 +194,7 @@ def _kind(network: nn.Module, inputs: dict[Any, Tensor]) -> Any:
 
 def record(network: nn.Module) -> None:
     """Let the calls of a network on a GPU be recorded from now on; in place, for as long as it lives."""
-    if os.environ.get("CMTOOL_GRAPHS", "1").strip().lower() not in ("0", "false", "no", "off"):
+    if native.enabled("CMTOOL_GRAPHS"):
         network._compiled_call_impl = Graphs(network)
 
 

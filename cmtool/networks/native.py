@@ -112,13 +112,18 @@ def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], shape: Shape
     getattr(lib, name)(x.dtype == torch.bfloat16, *pointers, *sizes, *rest)
 
 
+def enabled(name: str) -> bool:
+    """Whether the environment variable, on where it is not set, leaves something on."""
+    return os.environ.get(name, "1").strip().lower() not in ("0", "false", "no", "off")
+
+
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None where there is none to be had."""
-    if os.environ.get("CMTOOL_NATIVE", "1").strip().lower() in ("0", "false", "no", "off"):
+    if not enabled("CMTOOL_NATIVE"):
         return None
     with suppress(OSError, RuntimeError, subprocess.SubprocessError):
         return _declared(ctypes.CDLL(str(_compiled())))

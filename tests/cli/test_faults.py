@@ -76,6 +76,33 @@ def test_a_folder_that_cannot_be_written_to(start):
     start("/proc/run").error(2, "cannot write to /proc/run", "--out")
 
 
+def test_a_continued_run_goes_about_it_as_before(start, cli, tmp_path):
+    """Also in its precision, which is not that of the machine here."""
+    run = tmp_path / "run"
+    ways = ("--save-every", 2, "--keep", 3, "--micro-batch", "auto", "--checkpoint-activations")
+    assert start("run", *ways, "--precision", "bf16", "--stop-after", 1).code == 75
+    result = cli("train", "--resume", run)
+    assert "bfloat16" in result.stderr
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    kept = sorted(file.name for file in (run / "checkpoints").iterdir())
+    assert kept == ["step_0000002.pt", "step_0000004.pt", "step_0000006.pt"]
+    assert not (run / "samples").exists()
+    config = json.loads((run / "config.json").read_text())
+    assert config["ways"] == {
+        **{"log_every": 1, "save_every": 2, "keep": 3, "sample_every": 0},
+        **{"micro_batch": "auto", "checkpoint_activations": True, "precision": "bf16"},
+    }
+    assert "float32" in cli("train", "--resume", run, "--precision", "fp32").stderr  # asked for, it is done
+
+
+@pytest.mark.parametrize("ways", [3, {"keep": 0}, {"sample_every": False}, {"precision": "fp8"}, {"save": 3}], ids=str)
+def test_ways_that_are_none(start, cli, tmp_path, ways):
+    assert start("run", "--stop-after", 1).code == 75
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"ways": ways}))
+    cli("train", "--resume", tmp_path / "run").error(2, "section of ways", "save_every")
+
+
 def test_two_runs_do_not_share_a_folder(start, cli, tmp_path):
     from cmtool.io.run import RunFolder
 

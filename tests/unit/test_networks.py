@@ -11,7 +11,18 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cmtool.networks import SIZES, ADMConfig, DDPMppConfig, MLPConfig, build, load_start, native
+from cmtool.networks import (
+    SIZES,
+    ADMConfig,
+    DDPMppConfig,
+    MLPConfig,
+    build,
+    layers,
+    load_start,
+    native,
+    record,
+    recorded,
+)
 from cmtool.networks.layers import (
     GroupNorm,
     Resample,
@@ -654,3 +665,41 @@ def test_look_up():
     table = torch.arange(6.0).reshape(3, 2)
     assert look_up(table, torch.tensor([2, -1, 0]), 3).tolist() == [[4, 5], [0, 0], [0, 1]]
     assert look_up(table, None, 2).tolist() == [[0, 0], [0, 0]]
+
+
+# --- other ways to call a network --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+@pytest.mark.parametrize("pushed", [False, True])
+def test_the_norm_for_the_compiler_is_the_norm(share, pushed):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 12, 5, 4, dtype=torch.float64, generator=generator)
+    added, weight, bias = torch.randn(3, 3, 12, dtype=torch.float64, generator=generator)
+    keys = torch.tensor([5, 2**31, 77]) if share else None
+    how = native.Shape(4, 1e-5, True, *layers._threshold(share))
+    given = (x.requires_grad_(), added if pushed else None, weight.requires_grad_(), bias.requires_grad_(), keys, how)
+    found, expected = layers._fusible(*given), layers._normalise(*given)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    for one, other in zip(
+        *(torch.autograd.grad(out, (x, weight, bias), upstream) for out in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_off_a_gpu_nothing_is_recorded(monkeypatch):
+    network = build(MLPConfig(resolution=1, in_channels=2, out_channels=2, num_classes=3)).requires_grad_(True)
+    x, noise, labels = torch.randn(4, 2, 1, 1), torch.zeros(4), torch.tensor([0, 1, 2, 0])
+    expected = network(x, noise, labels=labels)
+    with recorded(network):
+        assert network._compiled_call_impl is None
+    record(network)
+    for _ in range(3):
+        assert torch.equal(network(x, noise, labels=labels), expected)
+    assert network._compiled_call_impl._recorded == {}
+    network(x, noise).sum().backward()
+    monkeypatch.setenv("CMTOOL_GRAPHS", "0")
+    other = build(network.config)
+    record(other)
+    assert other._compiled_call_impl is None

@@ -114,7 +114,7 @@ def test_forked_shares_masks_on_an_accelerator():
 
 @pytest.mark.parametrize("cores", [1, 3, 16])
 def test_threads_draw_what_one_stream_a_row_is(cores, monkeypatch):
-    monkeypatch.setattr(rng, "_cores", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     monkeypatch.setattr(rng, "_EACH", 10)
     seeds = [5, 0, rng.MAX_SEED, 5, 77]
     found = rng.noise(seeds, (2, 7), stream=3)
