@@ -52,7 +52,7 @@ def run(request: Request) -> None:
         raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
     if not resumed and not request.dry_run:
         folder.check(overwrite=request.overwrite)
-    images.check_folder("--out", folder.path)
+    images.check_folder("--out" if request.resume is None else "--resume", folder.path)
     if request.config is not None and not request.config.exists():
         raise CheckpointError(f"--config {request.config}: there is no such run or file", "name a run or a config.json")
     earlier = folder.config() if resumed else read_config(request.config) if request.config else {}
