@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+from cmtool import processes
 
 
 def run() -> None:
@@ -13,6 +16,10 @@ def run() -> None:
         code = main()
     except KeyboardInterrupt:
         code = 130
+    if processes.current().many:  # an error: no farewell, for the others may wait for something else, or be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

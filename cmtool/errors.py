@@ -6,6 +6,7 @@
     ├── CheckpointError       a model file or run folder that cannot be read
     ├── ConfigError           a preset, option or `--set` that does not fit
     ├── DependencyError       an optional package or weights file is missing
+    ├── ProcessError          another process of the same command has ended, or never came
     └── TrainingError         a run that had to stop
         └── DivergenceError   a loss, gradient or weight is no longer finite
 
@@ -59,6 +60,10 @@ class ConfigError(UserError):
 
 class DependencyError(UserError):
     """An optional package or weights file is missing."""
+
+
+class ProcessError(UserError):
+    """Another process of the same command has ended, or never came."""
 
 
 class TrainingError(UserError):

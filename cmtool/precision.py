@@ -6,17 +6,21 @@ from typing import Literal
 
 import torch
 
+from cmtool import processes
 from cmtool.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
 
 
 def device(name: str) -> torch.device:
-    """The device of `--device auto|cpu|cuda[:N]|mps`.
+    """The device of `--device auto|cpu|cuda[:N]|mps`; several processes take a GPU each.
 
     Raises:
         UsageError: for a device this machine does not have.
     """
+    own = processes.device(name)
+    if own is not None:
+        return own
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

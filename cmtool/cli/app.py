@@ -5,17 +5,18 @@ Nothing here, nor any command module at import, may load torch or numpy: help, c
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
-from cmtool import __version__, errors
+from cmtool import __version__, errors, processes
 from cmtool.cli import (
     average,
     bench,
@@ -95,7 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     argv, quiet = _take(argv, "--quiet", "-q")
     console.set_quiet(quiet)
     try:
-        code = _call(argv)
+        rank, _, _ = processes.expected()
+        if rank:  # the first process speaks for all
+            console.set_quiet(True)
+        with redirect_stdout(io.StringIO()) if rank else nullcontext():
+            code = _call(argv)
+            processes.leave()
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -112,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         message, hint, code = _explain(error, argv)
-        console.error(message, hint)
+        if _is_told(error, message):
+            console.error(message, hint)
         return code
 
 
@@ -130,6 +137,16 @@ def _call(argv: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 0
 
 
+def _is_told(error: Exception, message: str) -> bool:
+    """Whether this process is the one of several to say it."""
+    team = processes.current()
+    if not team.many:  # what went wrong before they met, goes wrong for all
+        return os.environ.get("RANK", "0") == "0"
+    if processes.lost(error):
+        return team.local_rank == 0
+    return team.is_new(message)
+
+
 def _take(argv: list[str], *names: str) -> tuple[list[str], bool]:
     """`argv` without the flag, and whether it was there; what follows `--` is left alone."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -145,6 +162,11 @@ def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
     if isinstance(error, _ClickException):
         message, hint = _usage(error)
         return message, hint + ("" if not hint else " " if hint.endswith("?") else "; ") + see, error.exit_code
+    if processes.lost(error):
+        hint = "see what it said"
+        if "train" in argv or "distill" in argv:
+            hint += "; --resume continues from the last checkpoint"
+        return "another process of this command has ended", hint, 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         trains = _command_path(argv).split()[-1] in ("train", "distill")
         hint = "add --micro-batch auto or --checkpoint-activations" if trains else "try a smaller --batch"

@@ -101,6 +101,12 @@ class Request:
             "--checkpoint-activations", help="Compute what the backward pass needs again: less memory, slower."
         ),
     ] = False
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Of several processes (torchrun), let each hold a part of all weights: less memory, slower."
+        ),
+    ] = False
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="Let torch.compile work on the networks; of use on GPUs."),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 STOPPED = 75  # stopped, and can be continued
 INTERRUPTED = 130
+_ECHO = 2.0  # seconds in which a second Ctrl-C may be the first one, passed on
 
 
 def run(request: Request) -> None:
@@ -43,11 +45,13 @@ def run(request: Request) -> None:
         if getattr(request, one) and getattr(request, other):
             raise UsageError(f"--{one} and --{other} do not go together", "give one of the two")
 
+    from cmtool import processes
     from cmtool.io.run import KEEP, RunFolder, read_config
 
-    folder = RunFolder(_folder(request))
+    team = processes.join()
+    folder = RunFolder(_folder(request), processes=team)
     # A job that is always started with --resume begins with nothing.
-    resumed = request.resume is not None and folder.holds_something
+    resumed = request.resume is not None and team.told(folder.holds_something)
     if request.resume is not None and not resumed and request.data is None:
         raise UsageError(f"there is no run in {folder.path} to continue", "name its folder, or start one with --data")
     if not resumed and not request.dry_run:
@@ -106,6 +110,8 @@ def run(request: Request) -> None:
         micro_batch=micro,
         checkpoint_activations=request.checkpoint_activations,
         compiled=bool(request.compile_),
+        processes=team,
+        sharded=bool(request.shard),
     )
     with folder.writing() if not request.dry_run else nullcontext():
         damaged = _continue(trainer, folder) if resumed else ()
@@ -154,7 +160,7 @@ def _folder(request: Request) -> Path:
 
 def _continue(trainer: Trainer, folder: RunFolder) -> tuple[Path, ...]:
     """Take the trainer to where the run was saved; the checkpoints that are too damaged for that."""
-    state, damaged = folder.latest()
+    state, damaged = folder.latest(trainer.like)
     if state is not None:
         trainer.load_state_dict(state)
     return damaged
@@ -165,7 +171,7 @@ _WAYS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("log_every", "save_every", "keep"), lambda value: type(value) is int and value > 0),
     "sample_every": lambda value: type(value) is int and value >= 0,
     "micro_batch": lambda value: isinstance(value, str),
-    **dict.fromkeys(("checkpoint_activations", "compile_"), lambda value: value is True),
+    **dict.fromkeys(("checkpoint_activations", "compile_", "shard"), lambda value: value is True),
     "precision": lambda value: value in ("fp32", "bf16"),
 }
 
@@ -489,6 +495,8 @@ def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], out: 
 
 def _fitting(trainer: Trainer) -> int | None:
     """The micro-batch of `--micro-batch auto`."""
+    import torch
+
     from cmtool.generate import free_memory
     from cmtool.training.forecast import fitting_micro_batch
 
@@ -497,10 +505,14 @@ def _fitting(trainer: Trainer) -> int | None:
         raise UsageError(
             f"--micro-batch auto: nobody knows how much memory is free on {trainer.device}", "give a number instead"
         )
-    found = fitting_micro_batch(trainer, free)
-    if found is not None:
-        console.note(f"a batch of {trainer.recipe.batch} does not fit at once: micro-batches of {found}")
-    return found
+    if trainer.device.type != "cuda":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", trainer.processes.count))  # all take from the same
+    batch = trainer.recipe.batch
+    mine = torch.tensor(fitting_micro_batch(trainer, free) or batch)
+    found = int(trainer.processes.smallest(mine))
+    if found < batch:
+        console.note(f"a batch of {batch} does not fit at once: micro-batches of {found}")
+    return found if found < batch else None
 
 
 def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> None:
@@ -595,18 +607,25 @@ def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:
 
 
 def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
+    import torch
+
     total = trainer.recipe.iterations
     log_every = request.log_every or max(1, min(100, total // 50))
     save_every = request.save_every or max(100, total // 5)
     sample_every = max(100, total // 10) if request.sample_every is None else request.sample_every
-    losses: list[torch.Tensor] = []
+    losses: list[Tensor] = []
+    signalled = 0
     first, last, text, loss = trainer.step, time.monotonic(), "", None
-    with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal() as stopped:
+    team = trainer.processes
+    agreed = team.agreement()
+    with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal(team.many) as stopped:
         for report in trainer.run():
             losses.append(report.loss)
-            ending = report.step == total or stopped() or report.step - first == request.stop_after
+            agreed.note(stopped())
+            signalled = agreed.ask()
+            ending = report.step == total or signalled or report.step - first == request.stop_after
             if report.step % log_every == 0 or ending:
-                loss = float(sum(losses) / len(losses))
+                loss = float(team.sum(torch.stack(losses).sum()) / len(losses))
                 now = time.monotonic()
                 speed = len(losses) * trainer.recipe.batch / max(now - last, 1e-9)
                 folder.log(
@@ -647,7 +666,7 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
         console.emit_line(model)
     if trainer.step < total:
         console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume {folder.path} continues")
-        raise typer.Exit(INTERRUPTED if stopped() == signal.SIGINT else STOPPED)
+        raise typer.Exit(INTERRUPTED if signalled == signal.SIGINT else STOPPED)
 
 
 def _finite(value: float) -> float | None:
@@ -662,27 +681,32 @@ def _preview(trainer: Trainer, file: Path) -> None:
     from cmtool.generate import generate
     from cmtool.io.images import grid, to_uint8, write_image
 
-    model = trainer.average
+    model, team = trainer.average, trainer.processes
     seeds = range(64 if model.card.resolution <= 64 else 16)
     labels = range(model.card.num_classes) if model.card.num_classes else None
     solver = "heun" if model.card.role == "denoiser" else None
-    parts = [part.images for part in generate(model, seeds, labels=labels, solver=solver)]
-    write_image(file, grid(to_uint8(torch.cat(parts))))
+    own = seeds[team.share(len(seeds))]
+    made = [to_uint8(part.images) for part in generate(model, own, labels=labels, solver=solver)]
+    parts = [part for share in team.gathered(made) for part in share]
+    if team.first:
+        write_image(file, grid(torch.cat(parts)))
 
 
 @contextmanager
-def _stop_signal() -> Iterator[Callable[[], int]]:
+def _stop_signal(many: bool) -> Iterator[Callable[[], int]]:
     """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a number to ask for (0: none), so that the step in work is saved.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once; where there are `many` processes, not one that comes with the first: the
+    terminal sends it, and torchrun does once more.
     """
-    received = 0
+    received, since = 0, 0.0
 
     def note(number: int, frame: object) -> None:
-        nonlocal received
-        if received and number == signal.SIGINT:
+        nonlocal received, since
+        now = time.monotonic()
+        if received and number == signal.SIGINT and not (many and now - since < _ECHO):
             raise KeyboardInterrupt
-        received = number
+        received, since = received or number, since or now
 
     names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
     before = {}

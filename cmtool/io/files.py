@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, target)
-        _settle(target.parent)
+        settle(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -56,7 +57,7 @@ class _Telling:
         return getattr(self._file, name)
 
 
-def _settle(folder: Path) -> None:
+def settle(folder: Path) -> None:
     """Let the new name in the folder survive a loss of power; where folders cannot be opened, nothing."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
@@ -69,7 +70,15 @@ def _settle(folder: Path) -> None:
 def remove_parts(folder: Path) -> None:
     """Remove what writers that were killed have left in a folder and below it. None may be writing there."""
     for left in folder.rglob(".*.part"):
-        left.unlink(missing_ok=True)
+        remove(left)
+
+
+def remove(entry: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if entry.is_dir():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 class Locked(Exception):

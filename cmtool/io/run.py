@@ -3,7 +3,8 @@
 config.json          the resolved recipe, data and options; `--config` reads it back
 metrics.jsonl        one line a report
 samples/NNNNNNN.png  a grid from the average, always from the same seeds
-checkpoints/         step_NNNNNNN.pt, the states to continue from, the newest few
+checkpoints/         step_NNNNNNN.pt, the states to continue from, the newest few; step_NNNNNNN.dcp where processes
+                     hold a part of the weights each (`cmtool.io.sharded`)
 model.safetensors    the average weights
 averages/NAME/       where a run keeps several averages: step_NNNNNNN.safetensors, ordinary model files; of the kinds
                      that others can be made of later, all of the stage and in float16, of the others the newest
@@ -24,14 +25,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint, files
 from cmtool.io.files import write_atomic
+from cmtool.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
 
     from cmtool.flow.flow_map import FlowMap
+    from cmtool.io.sharded import Like
     from cmtool.training.trainer import Trainer
 
 KEEP = 2  # training states kept; each holds the model several times over
+_WHOLE, _SHARDED = ".pt", ".dcp"
 _MARGIN = 1.02  # what files take, over the numbers in them
 _INTACT = "make room, then continue with --resume; earlier checkpoints are intact"
 
@@ -42,10 +46,11 @@ class RunFolder:
     Args:
         path: where it is.
         keep: how many training states stay.
+        processes: those that train; all of them call its methods, and only the first writes.
     """
 
-    def __init__(self, path: str | Path, *, keep: int = KEEP) -> None:
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | Path, *, keep: int = KEEP, processes: Processes = ALONE) -> None:
+        self.path, self.keep, self.processes = Path(path), keep, processes
         self._known = False  # that there is a run
 
     @property
@@ -64,6 +69,9 @@ class RunFolder:
         Raises:
             UsageError: if another process does, or nothing can be written here.
         """
+        if not self.processes.first:
+            yield
+            return
         with ExitStack() as stack:
             try:
                 stack.enter_context(files.locked(self.path))
@@ -86,7 +94,7 @@ class RunFolder:
         Raises:
             UsageError: if the folder holds something already and `overwrite` is false, or holds no run at all.
         """
-        if not self.path.exists():
+        if not self.processes.first or not self.path.exists():
             return
         if not self.path.is_dir():
             raise UsageError(f"--out {self.path} is a file, not a folder", "name a new folder")
@@ -105,6 +113,8 @@ class RunFolder:
 
     def prepare(self, config: dict[str, Any], *, overwrite: bool = False) -> None:
         """Make the folder, empty of any earlier run, and write its config; errors as `check`."""
+        if not self.processes.first:
+            return
         self.check(overwrite=overwrite)
         try:
             for name in ("averages", "checkpoints", "samples"):
@@ -133,6 +143,8 @@ class RunFolder:
         Raises:
             CheckpointError: if it cannot be written.
         """
+        if not self.processes.first:
+            return
         try:
             self._append(line)
         except OSError as error:
@@ -144,6 +156,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop what was written after `step`, lines of metrics.jsonl and averages: a continued run writes it again."""
+        if not self.processes.first:
+            return
         for series in self.averages().values():
             for made, old in series.items():
                 if made > step:
@@ -178,27 +192,47 @@ class RunFolder:
         Raises:
             CheckpointError: too little space, or the folder cannot be written to; earlier checkpoints are intact.
         """
-        import torch
+        from cmtool.training.distributed import whole
 
         state = trainer.state_dict()
         first = trainer.average
-        series = [(rule, model) for rule, model in trainer.averages.values() if len(trainer.averages) > 1]
+        rules = [(rule, model) for rule, model in trainer.averages.values() if len(trainer.averages) > 1]
         try:
-            self._check_space(state, [first, *(model for _, model in series)])
-            checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
-            for rule, model in series:
-                model.card = replace(first.card, average=rule.name)
-                file = self.path / "averages" / rule.name / f"step_{trainer.step:07d}.safetensors"
-                checkpoint.save(model, file, dtype=_storage(model) if rule.post_hoc else None)
-            write_atomic(self._state(trainer.step), lambda file: torch.save(state, file))
-            for old in self._states()[: -self.keep]:
-                old.unlink(missing_ok=True)
-            self._prune_averages(trainer)
+            if self.processes.first:
+                self._check_space(state, [first, *(model for _, model in rules)])
+                checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
+            for rule, average in rules:
+                model = whole(average)
+                if self.processes.first:
+                    model.card = replace(first.card, average=rule.name)
+                    file = self.path / "averages" / rule.name / f"step_{trainer.step:07d}.safetensors"
+                    checkpoint.save(model, file, dtype=_storage(model) if rule.post_hoc else None)
+            self._save_state(trainer.step, state, sharded=trainer.sharded)
+            if self.processes.first:
+                self._prune_averages(trainer)
         except OSError as error:
             raise CheckpointError(
                 f"cannot write the checkpoint of step {trainer.step:,} to {self.path}: {error.strerror or error}",
                 _INTACT,
             ) from error
+
+    def _save_state(self, step: int, state: dict[str, Any], *, sharded: bool) -> None:
+        """Write a training state; older ones, and the same one in another form, then go."""
+        import torch
+
+        target = self.path / "checkpoints" / f"step_{step:07d}{_SHARDED if sharded else _WHOLE}"
+        if sharded:
+            from cmtool.io import sharded as parts
+
+            parts.save(target, state, self.processes)
+        elif self.processes.first:
+            write_atomic(target, lambda file: torch.save(state, file))
+        if self.processes.first:
+            others = [old for old in self._states() if old != target]
+            twice = [old for old in others if _step(old) == step]
+            older = [old for old in others if old not in twice]
+            for old in [*twice, *older[: len(older) - self.keep + 1]]:
+                files.remove(old)
 
     def _check_space(self, state: Any, models: Iterable[FlowMap]) -> None:
         """Before anything is written: a disk that fills up on the way may not even have room to say so."""
@@ -232,44 +266,57 @@ class RunFolder:
                 if step != trainer.step and not in_series:
                     old.unlink(missing_ok=True)
 
-    def _state(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step_{step:07d}.pt"
-
     def _states(self) -> list[Path]:
         """The training states, the oldest first."""
-        found = (self.path / "checkpoints").glob("step_*.pt")
-        return sorted(found, key=lambda file: (len(file.name), file.name))
+        found = (self.path / "checkpoints").glob("step_*")
+        states = (file for file in found if re.fullmatch(rf"step_\d+({_WHOLE}|{_SHARDED})", file.name))
+        return sorted(states, key=_step)
 
     def saved(self) -> int:
         """The step of the newest training state; 0 if there is none."""
         states = self._states()
-        return int(states[-1].stem.removeprefix("step_")) if states else 0
+        return _step(states[-1]) if states else 0
 
-    def latest(self) -> Latest:
-        """The newest training state that can be read; damaged ones are put aside.
+    def latest(self, like: Like | None = None) -> Latest:
+        """The newest training state that is whole; those after it are damaged.
 
+        Args:
+            like: for states that processes have written a part of each, see `cmtool.io.sharded.load`; None reads
+                whole tensors.
         Raises:
             CheckpointError: if there are some and none can be read.
         """
+        file, damaged = self.processes.told(self._intact() if self.processes.first else (None, ()))
+        if file is None:
+            return Latest(None, ())
+        if file.suffix == _WHOLE:
+            return Latest(_read_state(file), damaged)
+        from cmtool.io import sharded
+
+        return Latest(sharded.load(file, like or _plain, self.processes), damaged)
+
+    def _intact(self) -> tuple[Path | None, tuple[Path, ...]]:
+        """The newest state that is whole, or None; the newer ones."""
+        from cmtool.io import sharded
+
         damaged: list[Path] = []
         for file in reversed(self._states()):
-            state = _read_state(file)
-            if state is not None:
-                break
+            if sharded.intact(file) if file.suffix == _SHARDED else _is_whole(file):
+                return file, tuple(damaged)
             damaged.append(file)
-        else:
-            if damaged:
-                raise CheckpointError(
-                    f"no checkpoint in {self.path / 'checkpoints'} can be read, not even {damaged[-1].name}",
-                    "begin anew with --overwrite, or with --config and another --out",
-                )
-            return Latest(None, ())
-        return Latest(state, tuple(damaged))
+        if damaged:
+            raise CheckpointError(
+                f"no checkpoint in {self.path / 'checkpoints'} can be read, not even {damaged[-1].name}",
+                "begin anew with --overwrite, or with --config and another --out",
+            )
+        return None, ()
 
     def put_aside(self, damaged: Iterable[Path]) -> None:
         """Let checkpoints no longer count."""
         for file in damaged:
-            file.replace(file.with_suffix(".damaged"))
+            if self.processes.first:
+                files.remove(file.with_suffix(".damaged"))
+                file.replace(file.with_suffix(".damaged"))
 
 
 class Latest(NamedTuple):
@@ -279,18 +326,34 @@ class Latest(NamedTuple):
     damaged: tuple[Path, ...]
 
 
-def _read_state(file: Path) -> dict[str, Any] | None:
-    """A training state; None for a file that is damaged. Every byte is compared with its checksum."""
-    import torch
-
+def _is_whole(file: Path) -> bool:
+    """Whether a training state can be read. Every byte is compared with its checksum."""
     try:
         with zipfile.ZipFile(file) as archive:
             if archive.testzip() is not None:
-                return None
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                return False
+        _read_state(file)
     except Exception:  # torch.load fails on damaged files in many ways
-        return None
+        return False
+    return True
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    import torch
+
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
+
+
+def _plain(path: tuple[Any, ...], size: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=dtype)
+
+
+def _step(state: Path) -> int:
+    """The step that a training state is of."""
+    return int(state.stem.removeprefix("step_"))
 
 
 def _size(state: Any) -> int:

@@ -26,8 +26,10 @@ __all__ = [
     "EDM2Config",
     "MLPConfig",
     "UNet2DConfig",
+    "blocks",
     "build",
     "compile_",
+    "forget_casts",
     "load_start",
     "recompute",
     "record",
@@ -64,12 +66,23 @@ def recompute(network: nn.Module, wanted: bool = True) -> nn.Module:
 
     Activation checkpointing: the outputs of the blocks are kept, and the backward pass costs one more forward pass.
     """
+    for block in blocks(network):
+        block.recompute = wanted  # type: ignore[assignment]
+    return network
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The parts of a network that hold most of its weights and are called one after another."""
     from cmtool.networks.layers import Recomputed
 
+    return [module for module in network.modules() if isinstance(module, Recomputed)]
+
+
+def forget_casts(network: nn.Module) -> None:
+    """Let the network cast its weights at every call: they may be elsewhere at the next one."""
     for module in network.modules():
-        if isinstance(module, Recomputed):
-            module.recompute = wanted
-    return network
+        if getattr(module, "keeps_casts", False):
+            module.keeps_casts = False  # type: ignore[assignment]
 
 
 def compile_(network: nn.Module) -> None:

@@ -65,11 +65,15 @@ def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_count_change)
 
 
-def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0) -> Tensor:
-    """The parameter times `gain` (in its own type), in the type computed in."""
+def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0, *, keep: bool = True) -> Tensor:
+    """The parameter times `gain` (in its own type), in the type computed in.
+
+    Args:
+        keep: the result for the next call; not for parameters whose memory comes and goes.
+    """
     if parameter.dtype == dtype and gain == 1:
         return parameter
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting() or _recording(parameter):
+    if not keep or torch.compiler.is_compiling() or torch.compiler.is_exporting() or _recording(parameter):
         return parameter.to(dtype) if gain == 1 else (parameter * gain).to(dtype)
     made: Tensor = _Cast.apply(parameter, dtype, gain)
     return made
@@ -83,13 +87,17 @@ def _recording(parameter: Tensor) -> bool:
 class Linear(nn.Linear):
     """A linear layer that computes in the type of its input."""
 
+    keeps_casts = True
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else cast(self.bias, x.dtype)
-        return F.linear(x, cast(self.weight, x.dtype), bias)
+        bias = None if self.bias is None else cast(self.bias, x.dtype, keep=self.keeps_casts)
+        return F.linear(x, cast(self.weight, x.dtype, keep=self.keeps_casts), bias)
 
 
 class Conv2d(nn.Conv2d):
     """A convolution that computes in the type of its input and keeps the resolution (at stride 1)."""
+
+    keeps_casts = True
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
@@ -97,7 +105,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """The convolution, times `gain` (applied to the weights: far fewer numbers than the output has)."""
         assert self.bias is not None
-        weight, bias = cast(self.weight, x.dtype, gain), cast(self.bias, x.dtype, gain)
+        weight, bias = (cast(tensor, x.dtype, gain, keep=self.keeps_casts) for tensor in (self.weight, self.bias))
         return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
 
 

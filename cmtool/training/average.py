@@ -140,7 +140,10 @@ def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    return [parameter.detach() for parameter in module.parameters()]
+    """Of modules that are spread over processes in the same way, what is here of them."""
+    from cmtool.training.distributed import local
+
+    return [local(parameter.detach()) for parameter in module.parameters()]
 
 
 # Choosing afterwards.

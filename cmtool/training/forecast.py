@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cmtool.errors import ConfigError
+from cmtool.training.distributed import local
 from cmtool.training.trainer import Trainer
 
 _SECONDS = 3.0  # of rehearsal, after which no larger size is tried
@@ -39,11 +40,11 @@ class Forecast(NamedTuple):
 
 def forecast(trainer: Trainer) -> Forecast:
     """Rehearse a few images on the device of the run. The trainer's weights are moved: throw it away afterwards."""
-    batch = trainer.recipe.batch
-    micro = min(trainer.micro_batch or batch, batch)
+    batch, own = trainer.recipe.batch, _own_images(trainer)
+    micro = min(trainer.micro_batch or own, own)
     per_image = bytes_per_image(trainer)
-    each = _seconds_per_image(trainer, min(micro, 16))
-    update = _seconds(trainer.rehearse_update, trainer.device)
+    each = _seconds_per_image(trainer, min(micro, 16) * trainer.processes.count)
+    update = _seconds(trainer.rehearse_update, trainer)
     step = batch * each + update
     held = weights_bytes(trainer)
     return Forecast(
@@ -63,7 +64,7 @@ def fitting_micro_batch(trainer: Trainer, free: int) -> int | None:
     Raises:
         ConfigError: if a single image does not fit.
     """
-    batch = trainer.recipe.batch
+    batch = _own_images(trainer)
     room = _SHARE * free - (weights_bytes(trainer) - _held(trainer.networks))
     most = int(room // bytes_per_image(trainer))
     if most < 1:
@@ -75,26 +76,32 @@ def fitting_micro_batch(trainer: Trainer, free: int) -> int | None:
     return None if most >= batch else math.ceil(batch / math.ceil(batch / most))
 
 
+def _own_images(trainer: Trainer) -> int:
+    """How many images of a batch one process has, at most."""
+    return math.ceil(trainer.recipe.batch / trainer.processes.count)
+
+
 def weights_bytes(trainer: Trainer) -> int:
     """What is held from step to step: the networks, their copies in the compute type, gradients and the optimizer's."""
     networks, low = trainer.networks, trainer.model.compute_dtype
     size = _held(networks)
     if low is not None:
-        size += sum(p.numel() * low.itemsize for p in _unique(networks) if p.dtype != low)
-    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+        size += sum(local(p).numel() * low.itemsize for p in _unique(networks) if p.dtype != low)
+    trained = sum(local(p).numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     return size + 3 * trained  # the gradient, and Adam's two moments
 
 
 def bytes_per_image(trainer: Trainer) -> int:
     """The most memory that is alive in the gradient of a few images, per image, beside what is kept anyway."""
-    count = trainer.rehearsal(_PROBE)
+    count = trainer.rehearsal(_PROBE * trainer.processes.count)
     trainer.rehearse(count)  # what is kept from step to step is there now: gradients, weights in the compute type
     scratch = 1.0 if trainer.device.type == "cuda" else _SCRATCH
-    return max(1, math.ceil(scratch * _peak(lambda: trainer.rehearse(count), trainer.device) / count))
+    own = count / trainer.processes.count
+    return max(1, math.ceil(scratch * _peak(lambda: trainer.rehearse(count), trainer.device) / own))
 
 
 def _held(networks: Iterable[nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for p in _unique(networks))
+    return sum(local(p).numel() * p.element_size() for p in _unique(networks))
 
 
 def _unique(networks: Iterable[nn.Module]) -> list[Tensor]:
@@ -157,20 +164,20 @@ def _seconds_per_image(trainer: Trainer, most: int) -> float:
         count = trainer.rehearsal(count)
         run = partial(trainer.rehearse, count)
         run()
-        best = min(best, _seconds(run, trainer.device) / count)
-        if count >= most or time.perf_counter() - begin > _SECONDS:
+        best = min(best, _seconds(run, trainer) / count)
+        if count >= most or trainer.processes.told(time.perf_counter() - begin) > _SECONDS:
             return best
         count = min(4 * count, most)
 
 
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+def _seconds(run: Callable[[], Any], trainer: Trainer) -> float:
     """Seconds of a run, the faster of two: others on the machine only delay it."""
     times = []
     for _ in range(2):
         start = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
         times.append(time.perf_counter() - start)
     return min(times)
 

@@ -19,6 +19,7 @@ from cmtool.errors import ConfigError
 from cmtool.flow.flow_map import FlowMap, on_path
 from cmtool.flow.path import Path, expand
 from cmtool.networks.layers import seeded
+from cmtool.processes import ALONE, Processes
 from cmtool.times import (
     Adjacent,
     Dyadic,
@@ -78,16 +79,26 @@ class Drawn(NamedTuple):
     seeds: Tensor  # int64 [B], of the units each sample's dropout takes
     name: str = ""
 
-    def pieces(self, size: int | None) -> Iterator[Drawn]:
-        """Neighbouring pieces of at most `size` samples, with their share of the weight; None is all at once."""
-        count = len(self.batch.x0)
-        for first in range(0, count, size or count):
-            part = slice(first, first + (size or count))
+    def pieces(self, size: int | None, processes: Processes = ALONE) -> Iterator[Drawn]:
+        """Neighbouring pieces of at most `size` samples, with their share of the weight; None is all at once.
+
+        Args:
+            processes: several share the samples, and this one's pieces are given. All get equally many, as they go
+                through the network together: one that has a sample less may get one that counts nothing.
+        """
+        total = len(self.batch.x0)
+        own = processes.share(total)
+        first, last = own.start, own.stop
+        most = -(-total // processes.count)
+        number = -(-most // min(size or most, most))
+        for index in range(number):
+            begin, end = (first + (last - first) * i // number for i in (index, index + 1))
+            part = slice(begin, end) if end > begin else slice(last - 1, last)
             batch = Batch(*(None if whole is None else whole[part] for whole in self.batch))  # type: ignore[arg-type]
             t, r, s = self.times
             start, landing = t[part], s[part]
             times = Times(start, landing if r is s else r[part], landing)
-            weight = self.weight * len(batch.x0) / count
+            weight = self.weight * (end - begin) / total
             yield self._replace(weight=weight, batch=batch, times=times, seeds=self.seeds[part])
 
 
@@ -127,6 +138,10 @@ class Objective(nn.Module):
             batch = batch._replace(eps=_noise(batch.x0, generator))
         seeds = torch.randint(2**62, (len(batch.x0),), generator=generator, device=generator.device)
         return (Drawn(self, 1.0, batch, times, seeds),)
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """How many samples of a batch of `count` each `Drawn` gets, in the order of the batch."""
+        return (count,)
 
     def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
         """The loss of what was drawn, before its weight.
@@ -405,7 +420,7 @@ class ConsistencyLoss(Objective):
     def loss(self, model: FlowMap, target: FlowMap, drawn: Drawn, progress: float) -> Loss:
         batch, times = drawn.batch, drawn.times
         sample = noised(model.path, batch, times.t)
-        with torch.inference_mode():
+        with _without_gradient(target):
             with seeded(drawn.seeds):  # a teacher drops nothing: these are for a target that answers for itself
                 x_r = self.trajectory.step(target, sample, times.r)
             with seeded(drawn.seeds):
@@ -561,17 +576,24 @@ class MixtureLoss(Objective):
         return tuple(drawn)
 
     def _split(self, batch: Batch) -> Iterator[Batch]:
-        """Neighbouring pieces of the batch, at least one sample each."""
-        size, count, first, share = len(batch.x0), len(self.config.parts), 0, 0.0
-        if size < count:
-            raise ConfigError(f"a batch of {size} does not share out to {count} objectives", "use a larger --batch")
-        for index, part in enumerate(self.config.parts):
-            share += part.share
-            left = count - index - 1
-            last = size if not left else min(max(round(share * size), first + 1), size - left)
-            piece: list[Any] = [None if whole is None else whole[first:last] for whole in batch]
+        first = 0
+        for size in self.sizes(len(batch.x0)):
+            piece: list[Any] = [None if whole is None else whole[first : first + size] for whole in batch]
             yield Batch(*piece)
+            first += size
+
+    def sizes(self, count: int) -> tuple[int, ...]:
+        """Neighbouring pieces of the batch, at least one sample each."""
+        number, first, taken, sizes = len(self.config.parts), 0, 0.0, []
+        if count < number:
+            raise ConfigError(f"a batch of {count} does not share out to {number} objectives", "use a larger --batch")
+        for index, part in enumerate(self.config.parts):
+            taken += part.share
+            left = number - index - 1
+            last = count if not left else min(max(round(taken * count), first + 1), count - left)
+            sizes.append(last - first)
             first = last
+        return tuple(sizes)
 
     def stage(self, progress: float) -> tuple[int, float]:
         stages: list[tuple[int, float]] = [part.stage(progress) for part in self._modules_of()]
@@ -603,6 +625,14 @@ def with_guidance(objective: Any, scale: float) -> Any:
         )
     teachers = {name: part for name, part in vars(objective).items() if isinstance(part, Teacher)}
     return replace(objective, **{name: replace(part, guidance=scale) for name, part in teachers.items()})
+
+
+def _without_gradient(model: FlowMap) -> torch.inference_mode | torch.no_grad:
+    """Inference mode; not where the weights are spread over processes and come together for every pass.
+
+    Those that come together in inference mode could have no gradient later.
+    """
+    return torch.no_grad() if hasattr(model.network, "reshard") else torch.inference_mode()
 
 
 def noised(path: Path, batch: Batch, t: Tensor) -> PathSample:

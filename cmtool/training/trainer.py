@@ -4,7 +4,8 @@
 trainer knows no files and prints nothing.
 
 Every random number of a step comes from (seed, step), and the order of the data from (seed, epoch), so a run that is
-continued from a checkpoint goes on exactly as if it had not been stopped.
+continued from a checkpoint goes on exactly as if it had not been stopped. Several processes ask chance for the whole
+batch, too, and compute a share of it each (`cmtool.training.distributed`).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor
 
 from cmtool import networks, rng
-from cmtool.errors import ConfigError, DataError, DivergenceError
+from cmtool.errors import ConfigError, DataError, DivergenceError, TrainingError
 from cmtool.flow.flow_map import FlowMap, ModelCard
+from cmtool.processes import ALONE, Processes, same
+from cmtool.training import distributed
 from cmtool.training.average import blend
 from cmtool.training.objectives import Drawn, Loss, joined
 from cmtool.training.recipe import Optimizer, Recipe
@@ -27,6 +30,7 @@ from cmtool.training.trajectory import Batch
 
 _NEVER = 2**62
 _CHECK_EVERY = 20  # steps between looks at whether the losses are finite; each look waits for the device
+_COMPARE_EVERY = 100  # steps between looks at whether all processes hold the same weights
 
 
 class Images(Protocol):
@@ -40,7 +44,10 @@ class Images(Protocol):
 
 
 class Report(NamedTuple):
-    """One finished step. The losses are tensors on the device: reading them waits for it."""
+    """One finished step. The losses are tensors on the device: reading them waits for it.
+
+    Of several processes each reports its share: `loss` is to be summed over them.
+    """
 
     step: int  # 1 after the first
     images: int
@@ -90,8 +97,12 @@ class Trainer:
             up to that of the batch, and chance is asked for the batch as a whole: it changes the memory, nothing else.
         checkpoint_activations: see `networks.recompute`.
         compiled: let torch.compile work on the networks. Where it fails they run as they are, see `compiled`.
+        processes: those that share each batch; every one makes its trainer with the same arguments.
+        sharded: keep only a part of all weights in each of them.
     Raises:
         DataError: if the data holds fewer images than a batch.
+        ConfigError: for a batch, or a part of one, that has fewer images than there are processes.
+        TrainingError: if the processes do not begin with the same weights.
     """
 
     def __init__(
@@ -109,6 +120,8 @@ class Trainer:
         micro_batch: int | None = None,
         checkpoint_activations: bool = False,
         compiled: bool = False,
+        processes: Processes = ALONE,
+        sharded: bool = False,
     ) -> None:
         if len(data) < recipe.batch:
             raise DataError(
@@ -124,7 +137,7 @@ class Trainer:
                 f"a micro-batch holds at least 1 image, found {micro_batch}", "leave it out for all at once"
             )
         self.recipe, self.data, self.seed, self.micro_batch = recipe, data, seed, micro_batch
-        self.device = torch.device(device)
+        self.device, self.processes = torch.device(device), processes
         self.order = Order(len(data), seed)
         self.step = 0
         self._health = Health(self.device)
@@ -148,14 +161,32 @@ class Trainer:
             other.to(self.device, memory_format=torch.channels_last).compute_in(compute_dtype)  # type: ignore[call-overload]
         objective = recipe.objective.build(teacher, first=init, backbone=backbone)
         self.objective = objective.to(self.device)
-        self.optimizer = self._new_optimizer()
+        if min(self.objective.sizes(recipe.batch)) < processes.count:
+            raise ConfigError(
+                f"a batch of {recipe.batch} does not share out to {processes.count} processes",
+                "use a larger --batch, or fewer processes",
+            )
+        self._compare([self.model, self.target, *(average for _, average in self.averages.values()), *self._others])
         calls = {id(one): one.network for one in (self.model, self.target, *self._others)}
+        sharded = sharded and processes.many
+        if sharded:
+            inside = [part for part in self.objective.modules() if isinstance(part, FlowMap)]
+            for one in [*self.networks, *inside]:
+                distributed.shard(one.network, self.device)
+        self.optimizer = self._new_optimizer()
         self._compiled = list(calls.values()) if compiled else []
         for module in self._compiled:
             networks.compile_(module)
-        if self.device.type == "cuda" and not compiled and not checkpoint_activations:
+        if self.device.type == "cuda" and not compiled and not checkpoint_activations and not sharded:
             for module in calls.values():
                 networks.record(module)
+        self._parallel = distributed.Alone(self.model, self.target, self.objective)
+        if sharded:
+            self._parallel = distributed.Sharded(self.model, self.target, self.objective, processes)
+        elif processes.many:
+            self._parallel = distributed.Replicated(
+                self.model, self.target, self.objective, find_unused=self._leaves_some()
+            )
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -188,6 +219,8 @@ class Trainer:
                 self._check()
             self.optimizer.step()
             self._follow(progress, self.images)
+            if self.step % _COMPARE_EVERY == 0:
+                self._compare([self.model, self.target, *(average for _, average in self.averages.values())])
             yield Report(
                 self.step,
                 self.images,
@@ -213,16 +246,29 @@ class Trainer:
             return self._backward(progress)
 
     def _backward(self, progress: float, count: int | None = None) -> Loss:
-        """Add the gradient of the next batch, or of its first `count` images, to that at the weights."""
+        """Add the gradient of the next batch to that at the weights; of only `count` images, it is not shared."""
         generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
-        batch = self._batch(generator, count)
+        batch = self._batch(generator, count or self.recipe.batch)
         drawn = self.objective.draw(self.model.path, batch, progress, generator)
+        pieces = [piece for one in drawn for piece in one.pieces(self.micro_batch, self.processes)]
         done: list[tuple[Drawn, Loss]] = []
-        for piece in (piece for one in drawn for piece in one.pieces(self.micro_batch)):
-            loss = piece.objective.loss(self.model, self.target, piece, progress)
-            (piece.weight * loss.value).backward()
+        for piece in pieces:
+            with self._parallel.adding(last=count is None and piece is pieces[-1]):
+                loss = self._parallel.loss(piece, progress)
+                # What is summed over processes is then divided by their number.
+                (self.processes.count * piece.weight * loss.value).backward()
             done.append((piece, loss._replace(value=loss.value.detach())))
+        if count is None:
+            self._parallel.finish()
         return joined(done)
+
+    def _leaves_some(self) -> bool:
+        """Whether a pass leaves some of the weights without a gradient."""
+        self.rehearse(self.rehearsal(self.processes.count))
+        parts = len(self.recipe.objective.parts_of)
+        left = distributed.unused(self._trained()) or (parts > 1 and any(p.requires_grad for p in self.objective.parameters()))
+        self.optimizer.zero_grad(set_to_none=True)
+        return left
 
     # --- rehearsal ---------------------------------------------------------------------------------------------------
 
@@ -232,8 +278,11 @@ class Trainer:
         return [self.model, self.target, *(average for _, average in self.averages.values()), *self._others]
 
     def rehearsal(self, count: int) -> int:
-        """As near to `count` as a batch can be in size: each of several objectives takes a sample."""
-        return min(max(count, len(self.recipe.objective.parts_of)), self.recipe.batch)
+        """As near to `count` as a batch can be in size: each of several objectives takes a sample a process."""
+        count = max(count, len(self.recipe.objective.parts_of))
+        while count < self.recipe.batch and min(self.objective.sizes(count)) < self.processes.count:
+            count += 1
+        return min(count, self.recipe.batch)
 
     def rehearse(self, count: int) -> None:
         """The gradient of so many images of the next batch, for its time and memory; a step begins without it."""
@@ -252,9 +301,11 @@ class Trainer:
         """The norm of the gradient, which is then scaled down to the recipe's limit."""
         parameters = [parameter for parameter in self._trained() if parameter.grad is not None]
         limit = self.recipe.optimizer.clip_norm
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], foreach=True)  # type: ignore[misc]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = distributed.norm(gradients)
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm, foreach=True)
+            scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([distributed.local(gradient) for gradient in gradients], scale)
         return norm
 
     @property
@@ -273,9 +324,11 @@ class Trainer:
         Args:
             weights: look at them, too: before they leave, so that none are saved that are not finite.
         """
-        sick = self._health.first()
-        if sick is None and weights and not _finite(self.model.parameters()):
-            sick = self.step, "weights"
+        sick = self._health.first(self.processes)
+        if sick is None and weights:
+            fine = _finite(self.model.parameters())
+            if self.processes.smallest(torch.tensor(int(fine))) == 0:
+                sick = self.step, "weights"
         if sick is not None:
             step, term = sick
             seed, were = rng.derive(self.seed, 2, step - 1), "were" if term == "weights" else "was"
@@ -283,6 +336,18 @@ class Trainer:
                 f"the training diverged: at step {step:,} the {term} {were} no longer finite (seed {self.seed}, that "
                 f"of the batch {seed})",
                 "try a lower learning rate, or float32",
+            )
+
+    def _compare(self, models: Iterable[FlowMap]) -> None:
+        """Raise if the processes do not hold the same weights."""
+        if not self.processes.many or distributed.is_sharded(next(self.model.parameters())):
+            return
+        if not same(self.processes, [distributed.checksum(one.network) for one in models]):
+            raise TrainingError(
+                f"at step {self.step:,} the processes no longer hold the same weights"
+                if self.step
+                else "the processes do not begin with the same weights",
+                "run all of them on the same kind of machine, with the same versions and the same model files",
             )
 
     def _promote(self) -> None:
@@ -299,9 +364,13 @@ class Trainer:
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.recipe.optimizer, self._trained())
 
-    def _batch(self, generator: torch.Generator, count: int | None = None) -> Batch:
-        """The next batch, or its first `count` images."""
-        images, labels, *rest = self.data.batch(self.order.indices(self.images, count or self.recipe.batch))
+    def _batch(self, generator: torch.Generator, count: int) -> Batch:
+        """The next `count` images. Those that are other processes' are left black: chance takes no notice of them."""
+        own = self._own(count)
+        images, labels, *rest = self.data.batch(self.order.indices(self.images, self.recipe.batch)[:count][own])
+        assert images is not None
+        images, labels = _among(images, own, count), _among(labels, own, count)
+        eps = _among(rest[0], own, count) if rest else None
         assert images is not None
         if self.device.type == "cuda":  # page-locked memory is copied while the host goes on
             images = images.pin_memory()
@@ -315,7 +384,6 @@ class Trainer:
         if self.recipe.augment is not None:
             x0, augment = self.recipe.augment(x0, generator)
         conditional = labels is not None and self.recipe.network.num_classes > 0
-        eps = rest[0] if rest else None
         if eps is not None and (self.recipe.flip or augment is not None):
             raise ConfigError(
                 "the data holds pairs of an image and its noise, and mirrored or augmented images have another noise",
@@ -327,6 +395,17 @@ class Trainer:
             None if eps is None else eps.to(self.device, memory_format=torch.channels_last),
             augment,
         )
+
+    def _own(self, count: int) -> Tensor | slice:
+        """Which of a batch's images this process computes with."""
+        if not self.processes.many:
+            return slice(None)
+        first, own = 0, []
+        for size in self.objective.sizes(count):
+            part = self.processes.share(size)
+            own.append(torch.arange(first + part.start, first + part.stop))
+            first += size
+        return torch.cat(own)
 
     def _follow(self, progress: float, images: int) -> None:
         """Move the target and the averages after the weights."""
@@ -345,13 +424,15 @@ class Trainer:
     def average(self) -> FlowMap:
         """The first average: what is exported and previewed. Its card says which average it is.
 
+        A copy where the weights are spread over processes, which then all ask for it.
+
         Raises:
             DivergenceError: if the training has diverged.
         """
         self._check(weights=True)
         name, (_, model) = next(iter(self.averages.items()))
         model.card = replace(model.card, average=name, iterations=self.step)
-        return model
+        return distributed.whole(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a continued run needs; tensors and plain values only.
@@ -375,13 +456,59 @@ class Trainer:
         self._health = Health(self.device)
         self.step, self.seed = state["step"], state["seed"]
         self.order = Order(len(self.data), self.seed)
-        self.model.load_state_dict(state["model"])
+        self.model.load_state_dict(_spread(state["model"], self.model))
         if self.target is not self.model:
-            self.target.load_state_dict(state["target"])
+            self.target.load_state_dict(_spread(state["target"], self.target))
         for name, (_, model) in self.averages.items():
-            model.load_state_dict(state["averages"][name])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            model.load_state_dict(_spread(state["averages"][name], model))
+        self.objective.load_state_dict(_spread(state["objective"], self.objective))
+        numbers = {
+            index: {name: _spread_as(value, self._trained()[index]) for name, value in entry.items()}
+            for index, entry in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": numbers})
+        self._compare([self.model, self.target, *(average for _, average in self.averages.values())])
+
+    def like(self, path: tuple[Any, ...], size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An empty tensor for what `state_dict()` holds at a place, spread over the processes as it is."""
+        part, *rest = path
+        holders: dict[str, torch.nn.Module] = {"model": self.model, "target": self.target, "objective": self.objective}
+        reference: Any = None
+        if part == "optimizer":
+            reference = self._trained()[rest[1]]
+        elif part == "averages":
+            reference = self.averages[rest[0]][1].state_dict().get(rest[1])
+        elif part in holders:
+            reference = holders[part].state_dict().get(rest[0])
+        if isinstance(reference, Tensor) and reference.shape == size:
+            return torch.empty_like(reference, dtype=dtype, requires_grad=False)
+        return torch.empty(size, dtype=dtype)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of the weights."""
+        return self._parallel.sharded
+
+
+def _spread(state: Mapping[str, Any], module: torch.nn.Module) -> dict[str, Any]:
+    """A module's state, spread over the processes as the module is."""
+    own = module.state_dict()
+    return {name: _spread_as(value, own[name]) if name in own else value for name, value in state.items()}
+
+
+def _spread_as(value: Any, reference: Any) -> Any:
+    if not isinstance(value, Tensor) or not isinstance(reference, Tensor) or value.shape != reference.shape:
+        return value
+    return distributed.like(value, reference)
+
+
+def _among(values: Tensor | None, own: Tensor | slice, count: int) -> Tensor | None:
+    """A batch of `count` with these values at their places, zero elsewhere."""
+    if values is None or isinstance(own, slice):
+        return values
+    batch = values.new_zeros(count, *values.shape[1:])
+    batch[own] = values
+    return batch
 
 
 class Health:
@@ -398,17 +525,21 @@ class Health:
                 self._first[name] = torch.full((), _NEVER, dtype=torch.int64, device=self._device)
             self._first[name].clamp_(max=torch.where(value.isfinite(), _NEVER, step))
 
-    def first(self) -> tuple[int, str] | None:
-        """The first bad step and what was bad in it; waits for the device."""
-        found = [(int(step), name) for name, step in self._first.items()]
-        worst = min(found, key=lambda one: one[0], default=(_NEVER, ""))
-        return None if worst[0] == _NEVER else (worst[0], worst[1])
+    def first(self, processes: Processes = ALONE) -> tuple[int, str] | None:
+        """The first bad step and what was bad in it, in any of the processes; waits for the device."""
+        if not self._first:
+            return None
+        names = sorted(self._first)
+        steps = processes.smallest(torch.stack([self._first[name] for name in names])).tolist()
+        step, name = min(zip(steps, names, strict=True), key=lambda one: one[0])
+        return None if step == _NEVER else (step, name)
 
 
 @torch.no_grad()
 def _finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all entries of all tensors are; waits for the device."""
-    return bool(torch.stack([tensor.detach().sum() for tensor in tensors]).isfinite().all())
+    sums = [distributed.local(tensor.detach()).sum() for tensor in tensors]
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:
@@ -430,7 +561,10 @@ def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> t
     }
     options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
     # One pass over memory where torch has a kernel for it.
-    known = all(p.device.type in ("cpu", "cuda") and p.dtype == torch.float32 for p in parameters)
+    known = all(
+        p.device.type in ("cpu", "cuda") and p.dtype == torch.float32 and not distributed.is_sharded(p)
+        for p in parameters
+    )
     way = {"fused": True} if config.rule != "radam" and known else {"foreach": True}
     optimizer: torch.optim.Optimizer = rules[config.rule](
         parameters, **options, weight_decay=config.weight_decay, **way
