@@ -42,7 +42,7 @@ class Processes:
         return self.count > 1
 
     def share(self, count: int) -> slice:
-        """Which of `count` things are this process's: neighbours, in the order of the ranks, the first ones one more."""
+        """Which of `count` things are this process's: neighbours in the order of the ranks, the first ones one more."""
         each, more = divmod(count, self.count)
         first = self.rank * each + min(self.rank, more)
         return slice(first, first + each + (self.rank < more))
@@ -140,8 +140,8 @@ class _Team(Processes):
         name = hashlib.sha256(message.encode()).hexdigest()
         try:
             return int(self._store.add(f"said/{name}", 1)) == 1
-        except Exception:  # the one that keeps the books is gone
-            return True
+        except Exception:  # the one that keeps the books is gone, and has said what there was to say
+            return False
 
 
 class _Together(Agreement):
@@ -204,6 +204,7 @@ def join() -> Processes:
     rank, count, local_rank = expected()
     if count == 1 or _current.many:
         return _current
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means is said once, and in words
     import torch
     import torch.distributed as dist
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import platform
 import re
 import sys
 import traceback
@@ -96,9 +97,11 @@ def main(argv: list[str] | None = None) -> int:
     argv, quiet = _take(argv, "--quiet", "-q")
     console.set_quiet(quiet)
     try:
-        rank, _, _ = processes.expected()
+        rank, count, _ = processes.expected()
         if rank:  # the first process speaks for all
             console.set_quiet(True)
+        if count > 1:
+            _check_shared(argv)
         with redirect_stdout(io.StringIO()) if rank else nullcontext():
             code = _call(argv)
             processes.leave()
@@ -137,13 +140,26 @@ def _call(argv: list[str]) -> int:
         return error.code if isinstance(error.code, int) else 0
 
 
+def _check_shared(argv: list[str]) -> None:
+    """Refuse several processes where each would do the whole work."""
+    command = _command_path(argv)
+    if command.removeprefix("cmtool").strip() not in ("", *_SHARED) and not {"-h", "--help"} & set(argv):
+        raise errors.UsageError(
+            f"{command} works in one process, and torchrun has started several",
+            f"run it without torchrun; {', '.join(_SHARED)} share their work",
+        )
+
+
+_SHARED = ("train", "distill", "sample")
+
+
 def _is_told(error: Exception, message: str) -> bool:
     """Whether this process is the one of several to say it."""
     team = processes.current()
     if not team.many:  # what went wrong before they met, goes wrong for all
         return os.environ.get("RANK", "0") == "0"
-    if processes.lost(error):
-        return team.local_rank == 0
+    if processes.lost(error):  # on each machine: the other one's screen may be far away
+        return team.local_rank == 0 or team.is_new(f"{message} {platform.node()}")
     return team.is_new(message)
 
 

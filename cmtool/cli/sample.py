@@ -75,15 +75,18 @@ def sample(
 
     import torch
 
+    from cmtool import processes
     from cmtool.generate import Churn, generate
     from cmtool.io.images import grid as arrange
     from cmtool.io.images import write_image
 
+    team = processes.join()
     imported = images.read_model(model, role=role)  # type: ignore[arg-type]
     flow = images.ready(imported, device=device, precision=precision)
+    share = team.share(len(wanted))  # several processes make a part each
     made = generate(
         flow,
-        wanted,
+        wanted[share],
         steps=steps,
         times=None if times is None else options.parse_times(times),
         labels=images.labels(flow, labels),
@@ -94,12 +97,19 @@ def sample(
         batch=batch,
         clip=clip,
     )
-    described, pictures = [], []
-    for entry, image in images.save("sample", made, wanted, targets, on_stdout=not as_json and grid != "-"):
-        described.append(entry)
-        pictures += [image] if grid is not None else []
+    results = []
+    on_stdout = not as_json and grid != "-"
+    for entry, image in images.save("sample", made, wanted[share], targets[share], on_stdout=on_stdout):
+        results.append((entry, image if grid is not None else None))
+    results = [result for part in team.gathered(results) for result in part]
+    if not team.first:
+        return
+    if on_stdout and out is not None:
+        for entry, _ in results[len(wanted[share]) :]:
+            console.emit_line(entry["path"])
     if grid is not None:
-        write_image(grid, arrange(torch.stack(pictures)))
+        write_image(grid, arrange(torch.stack([image for _, image in results if image is not None])))
+    described = [entry for entry, _ in results]
     if as_json:
         asked = {"solver": solver, "churn": added, "landing": landing, "guidance": None if guidance == 1 else guidance}
         given = {name: value for name, value in asked.items() if value is not None}

@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cmtool.io.data import Dataset
     from cmtool.io.run import RunFolder
     from cmtool.networks import Config
+    from cmtool.processes import Processes
     from cmtool.training.presets import Shape
     from cmtool.training.recipe import Recipe
     from cmtool.training.trainer import Trainer
@@ -93,6 +95,7 @@ def run(request: Request) -> None:
     _check_pairs(recipe, data)
     _check_labels(data, recipe)
     config = _config(recipe, settings, data, _ways(request, compute))
+    _check_together(config, team)
     if resumed:
         _check_unchanged(config, earlier, folder.path)
     card = _card(recipe, settings, data, teacher, init)
@@ -479,6 +482,19 @@ def _check_labels(data: Dataset, recipe: Recipe) -> None:
         )
 
 
+def _check_together(config: Mapping[str, Any], team: Processes) -> None:
+    """Several processes do the same thing with the same data."""
+    from cmtool.processes import same
+
+    settings = dict(options.settings(config))
+    numbers = [zlib.crc32(repr(settings[name]).encode()) for name in sorted(settings)]
+    if not same(team, [len(numbers)]) or not same(team, numbers):
+        raise UsageError(
+            "the processes were started with different options, versions or data",
+            "give all of them the same command line, and the same data at the same place",
+        )
+
+
 def _check_unchanged(config: Mapping[str, Any], stored: Mapping[str, Any], out: Path) -> None:
     """A continued run is the same run: what decides its result may not change."""
     new, old = (dict(options.settings({**part, "version": None, "ways": None})) for part in (config, stored))
@@ -581,12 +597,20 @@ def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: s
     console.note(f"data: {data.report.summary()}")
     console.note(
         f"{recipe.preset}: {size:,} parameters, {recipe.iterations:,} steps of {recipe.batch} images, "
-        f"{dtype} on {trainer.device}" + (f", from step {trainer.step:,}" if trainer.step else "")
+        f"{dtype} on {_where(trainer)}" + (f", from step {trainer.step:,}" if trainer.step else "")
     )
     for note in teacher.card.notes if teacher is not None else ():
         console.note(f"teacher: {note}")
     if teacher is not None and teacher.card.licence:
         console.note(f"the teacher is under {teacher.card.licence}: its student may be, too")
+
+
+def _where(trainer: Trainer) -> str:
+    """The device, and how many processes share the work."""
+    if not trainer.processes.many:
+        return str(trainer.device)
+    held = ", each with a part of the weights" if trainer.sharded else ""
+    return f"{trainer.device.type} in {trainer.processes.count} processes{held}"
 
 
 def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:

@@ -192,8 +192,6 @@ class RunFolder:
         Raises:
             CheckpointError: too little space, or the folder cannot be written to; earlier checkpoints are intact.
         """
-        from cmtool.training.distributed import whole
-
         state = trainer.state_dict()
         first = trainer.average
         rules = [(rule, model) for rule, model in trainer.averages.values() if len(trainer.averages) > 1]
@@ -202,7 +200,7 @@ class RunFolder:
                 self._check_space(state, [first, *(model for _, model in rules)])
                 checkpoint.save(first, self.path / checkpoint.MODEL_FILE)
             for rule, average in rules:
-                model = whole(average)
+                model = trainer.whole(average)
                 if self.processes.first:
                     model.card = replace(first.card, average=rule.name)
                     file = self.path / "averages" / rule.name / f"step_{trainer.step:07d}.safetensors"

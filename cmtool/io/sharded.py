@@ -13,6 +13,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -104,8 +105,9 @@ def load(folder: Path, like: Like, processes: Processes) -> dict[str, Any]:
         wanted = {
             key: like(tuple(path), sizes[key].size, sizes[key].properties.dtype) for key, path in stored["keys"].items()
         }
-        group = getattr(processes, "control", None)
-        dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of a single process: that it is single
+            dcp.load(wanted, storage_reader=reader, process_group=getattr(processes, "control", None))
     except (OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}", "continue from another checkpoint") from error
     state: dict[str, Any] = stored["rest"]
@@ -170,7 +172,11 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         known = f"{module}.".startswith(_NAMES) and not name.startswith("_load")
-        if known or (module, name) in _OTHER_NAMES or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+        if (
+            known
+            or (module, name) in _OTHER_NAMES
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+        ):
             found = super().find_class(module, name)
             if isinstance(found, type) or (module, name) in _OTHER_NAMES or isinstance(found, torch.dtype):
                 return found

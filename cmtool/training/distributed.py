@@ -94,6 +94,8 @@ class Sharded(Alone):
     def __init__(self, model: FlowMap, target: FlowMap, objective: Objective, processes: Processes) -> None:
         super().__init__(model, target, objective)
         self._processes = processes
+        # It warns of changes in place to what a network returns; nothing here makes any.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
     @contextmanager
     def adding(self, last: bool) -> Iterator[None]:
@@ -141,7 +143,8 @@ def is_sharded(tensor: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; the tensor itself where it is not spread."""
-    here: Tensor = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    spread: Any = tensor
+    here: Tensor = spread.to_local() if is_sharded(tensor) else tensor
     return here
 
 

@@ -248,7 +248,7 @@ class Trainer:
     def _backward(self, progress: float, count: int | None = None) -> Loss:
         """Add the gradient of the next batch to that at the weights; of only `count` images, it is not shared."""
         generator = torch.Generator(self.device).manual_seed(rng.derive(self.seed, 2, self.step))
-        batch = self._batch(generator, count or self.recipe.batch)
+        batch = self._batch(generator, count)
         drawn = self.objective.draw(self.model.path, batch, progress, generator)
         pieces = [piece for one in drawn for piece in one.pieces(self.micro_batch, self.processes)]
         done: list[tuple[Drawn, Loss]] = []
@@ -266,7 +266,9 @@ class Trainer:
         """Whether a pass leaves some of the weights without a gradient."""
         self.rehearse(self.rehearsal(self.processes.count))
         parts = len(self.recipe.objective.parts_of)
-        left = distributed.unused(self._trained()) or (parts > 1 and any(p.requires_grad for p in self.objective.parameters()))
+        left = distributed.unused(self._trained()) or (
+            parts > 1 and any(p.requires_grad for p in self.objective.parameters())
+        )
         self.optimizer.zero_grad(set_to_none=True)
         return left
 
@@ -362,10 +364,16 @@ class Trainer:
         return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.recipe.optimizer, self._trained())
+        learned = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self._trained() if not any(parameter is one for one in learned)]
+        return make_optimizer(self.recipe.optimizer, trained, learned)
 
-    def _batch(self, generator: torch.Generator, count: int) -> Batch:
-        """The next `count` images. Those that are other processes' are left black: chance takes no notice of them."""
+    def _batch(self, generator: torch.Generator, count: int | None = None) -> Batch:
+        """The next batch, or its first `count` images.
+
+        Those that are other processes' are left black: chance takes no notice of them.
+        """
+        count = count or self.recipe.batch
         own = self._own(count)
         images, labels, *rest = self.data.batch(self.order.indices(self.images, self.recipe.batch)[:count][own])
         assert images is not None
@@ -432,6 +440,10 @@ class Trainer:
         self._check(weights=True)
         name, (_, model) = next(iter(self.averages.items()))
         model.card = replace(model.card, average=name, iterations=self.step)
+        return self.whole(model)
+
+    def whole(self, model: FlowMap) -> FlowMap:
+        """One of the trainer's models with all of its weights here; see `average`."""
         return distributed.whole(model)
 
     def state_dict(self) -> dict[str, Any]:
@@ -529,7 +541,7 @@ class Health:
         """The first bad step and what was bad in it, in any of the processes; waits for the device."""
         if not self._first:
             return None
-        names = sorted(self._first)
+        names = list(self._first)  # in the order of the first step: the same in all processes
         steps = processes.smallest(torch.stack([self._first[name] for name in names])).tolist()
         step, name = min(zip(steps, names, strict=True), key=lambda one: one[0])
         return None if step == _NEVER else (step, name)
@@ -552,8 +564,9 @@ def _filled(card: ModelCard, recipe: Recipe) -> ModelCard:
     return card
 
 
-def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's own optimizer for a config."""
+def make_optimizer(config: Optimizer, *groups: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own optimizer for a config; each group of parameters is moved at once."""
+    parameters = [parameter for group in groups for parameter in group]
     rules: dict[str, Any] = {
         "radam": torch.optim.RAdam,
         "adam": torch.optim.Adam,
@@ -567,6 +580,6 @@ def make_optimizer(config: Optimizer, parameters: list[torch.nn.Parameter]) -> t
     )
     way = {"fused": True} if config.rule != "radam" and known else {"foreach": True}
     optimizer: torch.optim.Optimizer = rules[config.rule](
-        parameters, **options, weight_decay=config.weight_decay, **way
+        [{"params": group} for group in groups if group], **options, weight_decay=config.weight_decay, **way
     )
     return optimizer

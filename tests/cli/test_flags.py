@@ -10,7 +10,7 @@ MAKE = "--batch --device --precision --json"
 EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
     --crop --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every
-    --micro-batch --checkpoint-activations --compile --no-compile --dry-run -n --resume --stop-after --keep
+    --micro-batch --checkpoint-activations --shard --compile --no-compile --dry-run -n --resume --stop-after --keep
     --overwrite {MAKE}"""
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
