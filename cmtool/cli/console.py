@@ -151,17 +151,24 @@ def size(count: int) -> str:
 
 
 @contextmanager
-def fetching(source: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show how far a download has come, from the first call on: a source that is here already needs no bar."""
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something has come whose size is known with the first call."""
     with ExitStack() as stack:
         shown: list[Update] = []
 
-        def update(done: int, total: int | None) -> None:
+        def update(done: int, total: int) -> None:
             if not shown:
-                shown.append(stack.enter_context(progress(f"fetch {source} (MB)", _megabytes(total or 0))))
-            shown[0](_megabytes(done))
+                shown.append(stack.enter_context(progress(title, total)))
+            shown[0](done)
 
         yield update
+
+
+@contextmanager
+def fetching(source: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Show how far a download has come, from the first call on: a source that is here already needs no bar."""
+    with counting(f"fetch {source} (MB)") as update:
+        yield lambda done, total: update(_megabytes(done), _megabytes(total or 0))
 
 
 def _megabytes(count: int) -> int:

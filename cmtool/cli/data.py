@@ -1,9 +1,10 @@
-"""`cmtool data inspect` and `cmtool data preview`: what a data set holds, and what the network will see of it."""
+"""`cmtool data`: what a data set holds, what the network will see of it, and the same packed into shards."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,14 +15,15 @@ from cmtool.errors import UsageError
 if TYPE_CHECKING:
     from cmtool.io.data import Inspection
 
-app = typer.Typer(no_args_is_help=True, help="Look at image data before training on it.")
+app = typer.Typer(no_args_is_help=True, help="Look at image data before training on it; pack it.")
 
 Source = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
         help="A folder or a zip of images (sub-folders or a dataset.json give the classes), an .npz (of images, or of "
-        "cmtool pairs), an .npy, or one of digits, digits:train, digits:test.",
+        "cmtool pairs), an .npy, tar shards, parquet or arrow files, hf:owner/name, or one of digits, digits:train, "
+        "digits:test.",
         show_default=False,
     ),
 ]
@@ -117,6 +119,47 @@ def preview(
     elif out != "-":
         for target in targets:
             console.emit_line(target)
+
+
+@app.command("pack")
+def pack(
+    source: Source,
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.", show_default=False)],
+    resolution: Resolution = None,
+    crop: Crop = "center",
+    resize: Resize = "box",
+    upscale: Upscale = False,
+    channels: Channels = None,
+    shard_images: Annotated[
+        int, typer.Option("--shard-images", metavar="N", min=1, help="Images a tar file.")
+    ] = 10_000,
+    as_json: options.Json = False,
+) -> None:
+    """Write a data set as tar shards, cropped and resized once: to train on data larger than the memory.
+
+    FOLDER is then a SOURCE like others, at once and whatever its size. Its shards are WebDataset's.
+    """
+    images.check_folder("FOLDER", target)
+
+    from cmtool.io.data import pack as write
+
+    with console.counting("pack") as update:
+        report = write(
+            source,
+            target,
+            resolution=resolution,
+            crop=crop,
+            resize=resize,
+            upscale=upscale,
+            channels=channels,
+            shard_images=shard_images,
+            progress=update,
+        )
+    console.note(report.summary())
+    if as_json:
+        console.emit_json({"folder": str(target), "report": dataclasses.asdict(report)})
+    else:
+        console.emit_line(target)
 
 
 def _rows(found: Inspection) -> list[tuple[str, str]]:

@@ -22,7 +22,11 @@ class Request:
     out: Annotated[Path | None, typer.Option("--out", metavar="FOLDER", help="The run folder to make.")] = None
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="SOURCE", help="digits, or a folder, .zip, .npz or .npy of images."),
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="digits, or a folder, .zip, .npz, .npy, .tar or .parquet of images, or what `data pack` wrote.",
+        ),
     ] = None
     preset: Annotated[
         str | None,
@@ -80,6 +84,12 @@ class Request:
     )
     channels: Annotated[
         int | None, typer.Option("--channels", metavar="1|3", min=1, max=3, help="Grey or RGB. [default: 3]")
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", metavar="N", min=0, max=64, help="Processes that decode data too large for the memory."
+        ),
     ] = None
     config: Annotated[
         Path | None,

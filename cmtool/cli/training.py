@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cmtool.cli.train import Request
     from cmtool.flow.flow_map import FlowMap, ModelCard, Role
-    from cmtool.io.data import Dataset
+    from cmtool.io.data import Data
     from cmtool.io.run import RunFolder
     from cmtool.networks import Config
     from cmtool.processes import Processes
@@ -85,7 +85,7 @@ def run(request: Request) -> None:
     teacher = _model(settings["teacher"], device, role="denoiser")
     first: Role | None = "consistency" if draft.objective.needs_first else None  # it answers where the noise is low
     init = _model(settings["init"], device, role=first, assume="denoiser")
-    data = open_data(**settings["data"])
+    data = open_data(**settings["data"], workers=request.workers)
     if teacher is not None:
         _check_data(data, teacher)
     recipe = _recipe(request, earlier, _shape(data, init or teacher, request.distils))
@@ -172,7 +172,7 @@ def _continue(trainer: Trainer, folder: RunFolder) -> tuple[Path, ...]:
 # How a run goes about its work, and what such a value looks like: none changes the result by more than rounding.
 _WAYS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("log_every", "save_every", "keep"), lambda value: type(value) is int and value > 0),
-    "sample_every": lambda value: type(value) is int and value >= 0,
+    **dict.fromkeys(("sample_every", "workers"), lambda value: type(value) is int and value >= 0),
     "micro_batch": lambda value: isinstance(value, str),
     **dict.fromkeys(("checkpoint_activations", "compile_", "shard"), lambda value: value is True),
     "precision": lambda value: value in ("fp32", "bf16"),
@@ -327,7 +327,7 @@ def _merged(base: Any, over: Any) -> Any:
     return base | {name: _merged(base.get(name), value) for name, value in over.items()}
 
 
-def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, ways: Mapping[str, Any]) -> dict[str, Any]:
+def _config(recipe: Recipe, settings: Mapping[str, Any], data: Data, ways: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved run: what config.json holds."""
     from cmtool import spec
 
@@ -342,7 +342,7 @@ def _config(recipe: Recipe, settings: Mapping[str, Any], data: Dataset, ways: Ma
     }
 
 
-def _shape(data: Dataset, start: FlowMap | None, distils: bool) -> Shape:
+def _shape(data: Data, start: FlowMap | None, distils: bool) -> Shape:
     """What data and starting weights fix of the recipe."""
     from cmtool.training.presets import Shape
 
@@ -356,7 +356,7 @@ def _shape(data: Dataset, start: FlowMap | None, distils: bool) -> Shape:
 
 
 def _card(
-    recipe: Recipe, settings: Mapping[str, Any], data: Dataset, teacher: FlowMap | None, init: FlowMap | None
+    recipe: Recipe, settings: Mapping[str, Any], data: Data, teacher: FlowMap | None, init: FlowMap | None
 ) -> ModelCard:
     from cmtool.flow.flow_map import ModelCard
     from cmtool.io import origins
@@ -374,7 +374,7 @@ def _card(
     )
 
 
-def _licence(teacher: FlowMap | None, init: FlowMap | None, data: Dataset) -> str:
+def _licence(teacher: FlowMap | None, init: FlowMap | None, data: Data) -> str:
     """What the weights inherit: the terms of the teacher, of the weights to start from and of the pairs."""
     parts = [model.card.licence for model in (teacher, init) if model is not None]
     parts += [data.report.pairs.licence] if data.report.pairs else []
@@ -423,7 +423,7 @@ def _check_network(recipe: Recipe, start: FlowMap | None) -> None:
         )
 
 
-def _check_images(recipe: Recipe, data: Dataset) -> None:
+def _check_images(recipe: Recipe, data: Data) -> None:
     side, channels, network = data.report.resolution, data.report.channels, recipe.network
     if (network.resolution, network.in_channels, network.out_channels) != (side, channels, channels):
         raise UsageError(
@@ -440,7 +440,7 @@ def _check_guidance(recipe: Recipe, teacher: FlowMap | None) -> None:
         guided(teacher, recipe.objective.guidance)
 
 
-def _check_pairs(recipe: Recipe, data: Dataset) -> None:
+def _check_pairs(recipe: Recipe, data: Data) -> None:
     if data.report.pairs is None:
         return
     if recipe.flip or recipe.augment is not None:
@@ -454,7 +454,7 @@ def _check_pairs(recipe: Recipe, data: Dataset) -> None:
         )
 
 
-def _check_data(data: Dataset, teacher: FlowMap) -> None:
+def _check_data(data: Data, teacher: FlowMap) -> None:
     side, channels = data.report.resolution, data.report.channels
     card = teacher.card
     if (side, channels) != (card.resolution, card.channels):
@@ -465,7 +465,7 @@ def _check_data(data: Dataset, teacher: FlowMap) -> None:
         )
 
 
-def _check_labels(data: Dataset, recipe: Recipe) -> None:
+def _check_labels(data: Data, recipe: Recipe) -> None:
     classes = recipe.network.num_classes
     if not classes:
         return
@@ -577,7 +577,7 @@ def _backbone(recipe: Recipe, file: Path | None) -> Mapping[str, Tensor] | None:
     return None
 
 
-def _trainer(recipe: Recipe, data: Dataset, card: ModelCard, **rest: Any) -> Trainer:
+def _trainer(recipe: Recipe, data: Data, card: ModelCard, **rest: Any) -> Trainer:
     from cmtool.training.trainer import Trainer
 
     try:
@@ -590,7 +590,7 @@ def _trainer(recipe: Recipe, data: Dataset, card: ModelCard, **rest: Any) -> Tra
         ) from error
 
 
-def _announce(trainer: Trainer, data: Dataset, teacher: FlowMap | None, dtype: str) -> None:
+def _announce(trainer: Trainer, data: Data, teacher: FlowMap | None, dtype: str) -> None:
     """Say what is about to run."""
     recipe = trainer.recipe
     size = sum(parameter.numel() for parameter in trainer.model.parameters())

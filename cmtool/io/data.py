@@ -8,31 +8,34 @@ by a forgotten option.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from cmtool import rng
 from cmtool.errors import DataError, UsageError, nearest
-from cmtool.io.images import UnreadableImageError, flatten, load, quiet_pillow, to_channels, to_uint8
+from cmtool.io.fitting import CROPS, RESIZES, Plan
+from cmtool.io.images import UnreadableImageError, load, quiet_pillow, to_uint8
 from cmtool.io.pairs import About, Pairs, read_pairs
+from cmtool.io.shards import SHARD_IMAGES, Writer, encode
 from cmtool.io.sources import Source, memory_limit, open_source
+from cmtool.io.stored import Reader, StoredDataset, default_workers
+from cmtool.io.stored import fingerprint as stored_fingerprint
 
-CROPS = ("center", "none")
-RESIZES = ("box", "bilinear", "bicubic", "lanczos", "none")
-_FILTERS = {name: Image.Resampling[name.upper()] for name in RESIZES if name != "none"}
+T = TypeVar("T")
 _CHUNK = 64
 
 
@@ -124,12 +127,19 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the SHA-256 over shape, pixels, labels, seeds: equal if and only if the data is."""
-        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        for tensor in (self.images, self.labels):
-            digest.update(b"-" if tensor is None else tensor.contiguous().numpy().data)
-        if self.seeds is not None:
-            digest.update(self.seeds.contiguous().numpy().data)
-        return digest.hexdigest()[:16]
+        pixels = hashlib.sha256(self.images.contiguous().numpy().data).digest()
+        return fingerprint(tuple(self.images.shape), pixels, self.labels, self.seeds)
+
+
+Data = Dataset | StoredDataset
+
+
+def fingerprint(shape: tuple[int, ...], pixels: bytes, labels: Tensor | None, seeds: Tensor | None = None) -> str:
+    """What `Dataset.fingerprint` says of images of a shape, of which only the SHA-256 of all pixels is at hand."""
+    digest = hashlib.sha256(repr(shape).encode() + pixels)
+    for tensor in (labels, seeds):
+        digest.update(b"-" if tensor is None else tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -165,8 +175,9 @@ def open_data(
     upscale: bool = False,
     channels: int | None = None,
     limit: int | None = None,
-) -> Dataset:
-    """Read a data set into memory.
+    workers: int | None = None,
+) -> Data:
+    """Read a data set into memory, or open one that stays where it is.
 
     Sources:
         `digits`, `digits:train`, `digits:test`: the embedded digits (`io/digits.py`); a folder named so is ./digits.
@@ -176,6 +187,10 @@ def open_data(
         that holds nothing but one folder is looked through, and is no class.
         `.npz` (images under images, x, arr_0 or data; labels, if any, under labels, y or arr_1) and `.npy`: uint8,
         [N, H, W], [N, H, W, C] or [N, C, H, W].
+        A folder that `cmtool data pack` wrote; a `.tar`, a folder of them or `data-{000..041}.tar` (WebDataset);
+        `.parquet` and `.arrow` files, folders of them, data sets saved by Hugging Face's `datasets`,
+        `hf:owner/name[:split]` from the hub. These stay where they are, and so does a folder or an `.npy` too large for
+        the memory.
         An `.npz` that `cmtool pairs` wrote (`io/pairs.py`): images with the noise that each was solved from. They are
         taken as they are, for an image that is cut or resized no longer belongs to its noise.
 
@@ -188,18 +203,13 @@ def open_data(
         upscale: let images smaller than `resolution` be enlarged; refused otherwise.
         channels: 3 for RGB, 1 for grey; None: 3, or what pairs have. Transparent parts are laid on black.
         limit: read at most so many images, evenly spaced over the source.
+        workers: processes that decode images of what stays where it is; 0 for none; None is for `default_workers`.
     Raises:
         DataError: nothing usable, images that do not fit the request, labels that make no sense, too much data.
         UsageError: an option that is none.
         DependencyError: the digits without scikit-learn.
     """
-    for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
-        if value not in known:
-            raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
-    if channels not in (None, 1, 3):
-        raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
-    if resolution is not None and resolution < 1:
-        raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
+    _check_options(resolution, crop, resize, channels)
     if limit is not None and limit < 1:
         raise UsageError(f"cannot take {limit} images", "take at least 1")
 
@@ -209,20 +219,41 @@ def open_data(
     channels = channels or 3
     with quiet_pillow(), open_source(str(source), resolution) as opened:
         chosen = opened.evenly(limit)
-        plan = _Plan(resolution or _first_side(opened, chosen), crop, resize, upscale, channels, resolution is None)
-        pixels, tally = _fill(opened, chosen, plan)
+        plan = Plan(resolution or _first_side(opened, chosen), crop, resize, upscale, channels, resolution is None)
+        stays = limit is None and opened.lasting and (opened.large or not _fits(len(chosen), plan))
+        if stays:
+            tally = _foreseen(opened, plan)
+        else:
+            pixels, tally = _fill(opened, chosen, plan)
     if tally.first_misfit:
         raise _misfit_error(opened.name, plan, tally)
     if not tally.kept:
         raise _nothing_usable(opened.name, tally)
+    report = _report(opened, plan, tally)
+    if stays:
+        return _stored(opened, plan, tally, report, default_workers() if workers is None else workers)
+    labels = None if opened.labels is None else torch.tensor([int(opened.labels[index]) for index in tally.kept])
+    return Dataset(torch.from_numpy(pixels), labels, opened.class_names, report)
 
-    report = Report(
+
+def _check_options(resolution: int | None, crop: str, resize: str, channels: int | None) -> None:
+    for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
+        if value not in known:
+            raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
+    if channels not in (None, 1, 3):
+        raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
+    if resolution is not None and resolution < 1:
+        raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
+
+
+def _report(opened: Source, plan: Plan, tally: _Tally) -> Report:
+    return Report(
         source=opened.name,
         used=len(tally.kept),
         resolution=plan.resolution,
-        channels=channels,
-        crop=crop,
-        resize=resize,
+        channels=plan.channels,
+        crop=plan.crop,
+        resize=plan.resize,
         converted=_sorted(tally.converted),
         cropped=tally.cropped,
         resized=tally.resized,
@@ -232,8 +263,56 @@ def open_data(
         ignored=opened.ignored,
         classes=opened.count_classes(tally.kept),
     )
-    labels = None if opened.labels is None else torch.tensor([opened.labels[index] for index in tally.kept])
-    return Dataset(torch.from_numpy(pixels), labels, opened.class_names, report)
+
+
+def _stored(opened: Source, plan: Plan, tally: _Tally, report: Report, workers: int) -> StoredDataset:
+    kept = None if len(tally.kept) == len(opened.names) else np.asarray(tally.kept, np.int64)
+    labels = None
+    if opened.labels is not None:
+        every = torch.from_numpy(np.asarray(opened.labels, np.int64))
+        labels = every if kept is None else every[torch.from_numpy(kept)]
+    unchanged = opened.packed is not None and (opened.packed["resolution"], opened.packed["channels"]) == (
+        plan.resolution,
+        plan.channels,
+    )
+    print_ = opened.fingerprint if unchanged else stored_fingerprint(opened, plan, kept, labels)
+    return StoredDataset(Reader(opened, plan, kept, labels), opened.class_names, report, print_, workers)
+
+
+def _foreseen(source: Source, plan: Plan) -> _Tally:
+    """What will become of all images, by their headers; of packed ones, by the first."""
+    everything = range(len(source.names))
+
+    def look(places: range) -> _Tally:
+        tally = _Tally()
+        for place in places:
+            try:
+                opened = source.open(place)
+            except UnreadableImageError as error:
+                tally.drop(error)
+                continue
+            tally.sizes[opened.size] += 1
+            if plan.misfit(opened.size):
+                tally.misfits += 1
+                tally.first_misfit = tally.first_misfit or (source.names[place], opened.size)
+                continue
+            tally.expect(opened.mode, opened.size, plan)
+            tally.kept.append(place)
+        return tally
+
+    if source.packed is None:
+        return _in_chunks(everything, look)
+    tally = look(everything[:1])
+    for name in ("cropped", "resized", "enlarged", "misfits"):
+        setattr(tally, name, getattr(tally, name) * len(everything))
+    tally.converted = Counter({mode: len(everything) for mode in tally.converted})
+    tally.kept = everything if tally.kept else []  # type: ignore[assignment]  # as good as a list, and small
+    return tally
+
+
+def _fits(count: int, plan: Plan) -> bool:
+    """Whether so many images fit into memory."""
+    return count * plan.channels * plan.resolution**2 <= memory_limit()
 
 
 def inspect_data(source: str | Path) -> Inspection:
@@ -264,6 +343,96 @@ def inspect_data(source: str | Path) -> Inspection:
         resolution=sizes[0][0] if ready else None,
         hint=hint,
     )
+
+
+# Packing.
+
+
+def pack(
+    source: str | Path,
+    target: str | Path,
+    *,
+    resolution: int | None = None,
+    crop: str = "center",
+    resize: str = "box",
+    upscale: bool = False,
+    channels: int | None = None,
+    shard_images: int = SHARD_IMAGES,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Report:
+    """Write a data set as tar shards that `open_data` reads image by image; see `cmtool.io.shards`.
+
+    Memory does not grow with the data. The fingerprint is that of the same images in memory.
+
+    Args:
+        target: the new folder. shard_images: images a shard.
+        progress: told how many images are done, of how many.
+        source and the others: as `open_data`.
+    Raises:
+        DataError: as `open_data`, and for pairs. UsageError: if the target is there already.
+    """
+    _check_options(resolution, crop, resize, channels)
+    if shard_images < 1:
+        raise UsageError(f"a shard holds at least 1 image, found {shard_images}", "for example --shard-images 10000")
+    if read_pairs(str(source)) is not None:
+        raise DataError(f"{str(source)!r} holds pairs, which are no images to pack", "train on the .npz itself")
+    with (
+        quiet_pillow(),
+        open_source(str(source), resolution) as opened,
+        Writer(Path(target), shard_images=shard_images) as out,
+    ):
+        every = range(len(opened.names))
+        plan = Plan(resolution or _first_side(opened, every), crop, resize, upscale, channels or 3, resolution is None)
+        total = _Tally()
+        for tally, made in _in_chunks_bounded(every, lambda places: _packed(opened, plan, places)):
+            total.add(tally)
+            for place, encoded, pixels in made if not total.first_misfit else ():
+                out.add(encoded, pixels, None if opened.labels is None else int(opened.labels[place]))
+            progress(total.seen, len(every))
+        if total.first_misfit:
+            raise _misfit_error(opened.name, plan, total)
+        if not total.kept:
+            raise _nothing_usable(opened.name, total)
+        report = _report(opened, plan, total)
+        labels = None if opened.labels is None else torch.from_numpy(np.asarray(opened.labels, np.int64)[total.kept])
+        out.finish(
+            {
+                "source": opened.name,
+                "count": out.count,
+                "resolution": plan.resolution,
+                "channels": plan.channels,
+                "crop": crop,
+                "resize": resize,
+                "class_names": list(opened.class_names),
+                "fingerprint": fingerprint((out.count, plan.channels, *[plan.resolution] * 2), out.pixels, labels),
+                "report": dataclasses.asdict(report),
+            }
+        )
+    return report
+
+
+def _packed(source: Source, plan: Plan, places: range) -> tuple[_Tally, list[tuple[int, bytes, bytes]]]:
+    """Images of a source as PNG and as pixels."""
+    tally, made = _Tally(), []
+    for place in places:
+        name = source.names[place]
+        try:
+            opened = source.open(place)
+            mode, size = opened.mode, opened.size
+            image = plan.decoded(opened, name)
+        except UnreadableImageError as error:
+            tally.drop(error)
+            continue
+        tally.sizes[size] += 1
+        if plan.misfit(size):
+            tally.misfits += 1
+            tally.first_misfit = tally.first_misfit or (name, size)
+            continue
+        tally.expect(mode, image.size, plan)
+        tally.kept.append(place)
+        pixels = np.ascontiguousarray(plan.fitted(image))
+        made.append((place, encode(pixels), pixels.tobytes()))
+    return tally, made
 
 
 # Pairs.
@@ -331,37 +500,6 @@ def _count_classes(labels: Tensor | None, about: About) -> dict[str, int]:
 # From files to pixels.
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What every image has to become. `exact`: it must be of that size already."""
-
-    resolution: int
-    crop: str
-    resize: str
-    upscale: bool
-    channels: int
-    exact: bool = False
-
-    def misfit(self, size: tuple[int, int]) -> str:
-        """Why an image of this size cannot become one of the data set; empty if it can."""
-        short, square = min(size), size[0] == size[1]
-        if self.exact:
-            return "" if square and short == self.resolution else "another size"
-        if self.crop == "none" and not square:
-            return "not square"
-        if self.resize == "none" and self.crop == "none":
-            return "" if short == self.resolution else "another size"
-        if short < self.resolution and (self.resize == "none" or not self.upscale):
-            return "too small"
-        return ""
-
-    def window(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The part of the image that is kept: left, upper, right, lower."""
-        side = self.resolution if self.resize == "none" else min(size)
-        left, upper = (size[0] - side) // 2, (size[1] - side) // 2
-        return left, upper, left + side, upper + side
-
-
 @dataclass
 class _Tally:
     """Counts over some of the images."""
@@ -383,6 +521,20 @@ class _Tally:
         self.dropped[error.reason] += 1
         self.first_bad = self.first_bad or BadFile(error.name, error.reason)
 
+    @property
+    def seen(self) -> int:
+        """Images counted so far."""
+        return len(self.kept) + sum(self.dropped.values()) + self.misfits
+
+    def expect(self, mode: str, size: tuple[int, int], plan: Plan) -> None:
+        """Count what becomes of an image that fits, of this mode in its file and this upright size."""
+        if mode != ("L" if plan.channels == 1 else "RGB"):
+            self.converted[mode] += 1
+        left, upper, right, lower = plan.window(size)
+        self.cropped += (right - left, lower - upper) != size
+        self.resized += right - left != plan.resolution
+        self.enlarged += right - left < plan.resolution
+
     def add(self, later: _Tally) -> None:
         """Take in the counts of later images."""
         for name, value in vars(later).items():
@@ -395,7 +547,7 @@ class _Tally:
         self.kept += later.kept
 
 
-def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[np.uint8], _Tally]:
+def _fill(source: Source, chosen: Sequence[int], plan: Plan) -> tuple[NDArray[np.uint8], _Tally]:
     """Decode the chosen images into one array [N, C, H, H]; those that fail leave no gap."""
     side = plan.resolution
     shape = (len(chosen), plan.channels, side, side)
@@ -417,7 +569,7 @@ def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[n
                 opened = source.open(chosen[place])
                 mode, size = opened.mode, opened.size
                 if not hopeless:  # else only headers are read, to say how many misfits there are
-                    image = to_channels(flatten(*load(opened, name)), plan.channels)
+                    image = plan.decoded(opened, name)
             except UnreadableImageError as error:
                 tally.drop(error)
                 continue
@@ -428,18 +580,8 @@ def _fill(source: Source, chosen: Sequence[int], plan: _Plan) -> tuple[NDArray[n
                 hopeless = True
             if hopeless:
                 continue
-            if mode != image.mode:
-                tally.converted[mode] += 1
-            window = plan.window(image.size)
-            if window != (0, 0, *image.size):
-                tally.cropped += 1
-                image = image.crop(window)
-            if image.width != side:
-                tally.resized += 1
-                tally.enlarged += image.width < side
-                image = image.resize((side, side), _FILTERS[plan.resize])
-            array = np.asarray(image)
-            pixels[place] = array if array.ndim == 2 else array.transpose(2, 0, 1)
+            tally.expect(mode, image.size, plan)
+            pixels[place] = plan.fitted(image)
             tally.kept.append(place)
         return tally
 
@@ -472,13 +614,24 @@ def _survey(source: Source, indices: range) -> _Tally:
 
 def _in_chunks(places: range, work: Callable[[range], _Tally]) -> _Tally:
     """Run `work` over `places` in a few threads (decoders release the interpreter) and add up in order."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    chunks = (places[start : start + _CHUNK] for start in range(0, len(places), _CHUNK))
     total = _Tally()
-    with ThreadPoolExecutor(min(8, cores)) as pool:
-        for tally in pool.map(work, chunks):
-            total.add(tally)
+    for tally in _in_chunks_bounded(places, work):
+        total.add(tally)
     return total
+
+
+def _in_chunks_bounded(places: range, work: Callable[[range], T]) -> Iterator[T]:
+    """The same, result after result; only a few are made ahead, so that they do not fill the memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = min(8, cores)
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(places), _CHUNK):
+            waiting.append(pool.submit(work, places[start : start + _CHUNK]))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _first_side(source: Source, chosen: Sequence[int]) -> int:
@@ -497,7 +650,7 @@ def _shortest(tally: _Tally) -> int:
     return min(min(size) for size in tally.sizes)
 
 
-def _misfit_error(source: str, plan: _Plan, tally: _Tally) -> DataError:
+def _misfit_error(source: str, plan: Plan, tally: _Tally) -> DataError:
     assert tally.first_misfit is not None
     name, (width, height) = tally.first_misfit
     reason = plan.misfit((width, height))

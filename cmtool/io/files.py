@@ -31,7 +31,7 @@ def write_atomic(target: Path, write: Callable[[IO[bytes]], object]) -> None:
                 raise told.error or error from error
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         os.replace(temporary, target)
         settle(target.parent)
     except BaseException:
@@ -58,13 +58,20 @@ class _Telling:
 
 
 def settle(folder: Path) -> None:
-    """Let the new name in the folder survive a loss of power; where folders cannot be opened, nothing."""
+    """Let the new names in a folder survive a loss of power; where folders cannot be opened, nothing."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def settle_all(folder: Path) -> None:
+    """Let all files in a folder, and it, survive a loss of power."""
+    for file in folder.iterdir():
+        settle(file)
+    settle(folder)
 
 
 def remove_parts(folder: Path) -> None:
@@ -113,7 +120,8 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -7,8 +7,7 @@ import json
 import os
 import stat
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cmtool.errors import DataError, nearest
+from cmtool.io import shards, tables
 from cmtool.io.digits import CLASS_NAMES, PARTS, RESOLUTION, digits
 from cmtool.io.images import MAX_BYTES, SUFFIXES, UnreadableImageError, read_bytes
 from cmtool.io.images import open_image as open_encoded
@@ -28,7 +28,7 @@ _IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "arr_0", "data"), ("labels", "y", "ar
 _LABELS_FILE = "dataset.json"
 _LABELS_HINT = 'the form is {"labels": [["folder/image.png", 0], ...]}, or null for no labels'
 _COPY_HINT = "copy or download it again"
-_PLACES_HINT = "name a folder, a zip, an .npz or .npy file, or digits"
+_PLACES_HINT = "name a folder, a zip, an .npz or .npy file, tar shards, a parquet file, or digits"
 _SAVE_HINT = "save it with numpy.save or numpy.savez as uint8"
 
 
@@ -37,22 +37,30 @@ class Source:
     """The images of one place, in order.
 
     Args:
-        name: the place as the user wrote it; kind: folder, zip, npz, npy or digits.
+        name: the place as the user wrote it; kind: folder, zip, npz, npy, digits, shards, tar or table.
         names: one a image, for messages.
         open: gives image k with its header read (Pillow's size, mode, format); `images.load` decodes it. Safe to call
             from several threads; raises UnreadableImageError.
         labels: one a image, or None.
         class_names: one a label; empty without labels.
         ignored: files that are no images by their name.
+        lasting: whether images can still be opened after the source is closed, and in forked processes.
+        large: whether it is meant to stay where it is instead of being read into memory.
+        packed: the manifest of shards that `cmtool data pack` wrote; all their images are alike.
+        fingerprint: of `large` ones, what is known of the content without reading it.
     """
 
     name: str
     kind: str
     names: Sequence[str]
     open: Callable[[int], Image.Image]
-    labels: Sequence[int] | None = None
+    labels: Sequence[int] | NDArray[Any] | None = None
     class_names: tuple[str, ...] = ()
     ignored: int = 0
+    lasting: bool = False
+    large: bool = False
+    packed: Mapping[str, Any] | None = None
+    fingerprint: str = ""
 
     def evenly(self, limit: int | None) -> Sequence[int]:
         """The indices of all images, or of `limit` of them spread evenly."""
@@ -63,8 +71,9 @@ class Source:
         """How many of the images `kept` each class has."""
         if self.labels is None:
             return {}
-        counts = Counter(self.labels[index] for index in kept)
-        return {name: counts[label] for label, name in enumerate(self.class_names)}
+        labels = np.asarray(self.labels)
+        counts = np.bincount(labels if len(kept) == len(labels) else labels[kept], minlength=len(self.class_names))
+        return {name: int(counts[label]) for label, name in enumerate(self.class_names)}
 
 
 @contextlib.contextmanager
@@ -83,7 +92,14 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
         return
     if not name:  # a Path would take it for the current folder
         raise DataError("expected image data, found an empty name", _PLACES_HINT)
+    if name.startswith(tables.HUB):
+        yield _from_table(name)
+        return
     path = Path(name)
+    tars = shards.expand(name)
+    if len(tars) > 1 or (path.suffix.lower() == ".tar" and path.is_file()):
+        yield _from_tars(name, tars)
+        return
     try:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError) as error:
@@ -91,7 +107,13 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
         hint = close if close.startswith("did") else _PLACES_HINT
         reason = (getattr(error, "strerror", None) or str(error)).lower()
         raise DataError(f"expected image data in {name!r}, found: {reason}", hint) from None
-    if is_folder:
+    if is_folder and shards.is_packed(path):
+        yield _from_packed(name, path)
+    elif tables.is_table(path):
+        yield _from_table(name)
+    elif is_folder and (tars := sorted(path.glob("*.tar"))):
+        yield _from_tars(name, tars)
+    elif is_folder:
         yield _from_folder(name, path)
     elif path.suffix.lower() in (".npz", ".npy"):
         yield _from_arrays_file(name, path)
@@ -101,7 +123,7 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
         with archive:
             yield _from_zip(name, archive)
     else:
-        raise DataError(f"expected a folder, a zip, an .npz or an .npy file, found {name!r}", _other_file_hint(path))
+        raise DataError(f"expected image data, found the file {name!r}", _other_file_hint(path))
 
 
 def memory_limit() -> int:
@@ -114,7 +136,7 @@ def memory_limit() -> int:
 
 def _other_file_hint(path: Path) -> str:
     if ".tar" in path.suffixes or path.suffix in (".tgz", ".txz"):
-        return f"unpack it first: tar -xf {path}"
+        return f"only plain tar files can be read in any order: unpack it first, tar -xf {path}"
     if path.suffix.lower() in SUFFIXES:
         return f"name the folder of the images: {path.parent}"
     return "put the images into a folder or a zip"
@@ -147,7 +169,7 @@ def _from_folder(source: str, root: Path) -> Source:
     def read(name: str) -> bytes:
         return read_bytes(root / name, name)
 
-    return _labelled(source, "folder", names, read, lambda name: (root / name).is_file(), ignored)
+    return _labelled(source, "folder", names, read, lambda name: (root / name).is_file(), ignored, lasting=True)
 
 
 def _from_zip(source: str, archive: zipfile.ZipFile) -> Source:
@@ -177,6 +199,8 @@ def _labelled(
     read: Callable[[str], bytes],
     exists: Callable[[str], bool],
     ignored: int,
+    *,
+    lasting: bool = False,
 ) -> Source:
     """Images by name, with labels from `dataset.json`, else from the top-level folders."""
     if not names:
@@ -194,12 +218,12 @@ def _labelled(
         except UnreadableImageError as error:
             raise DataError(f"cannot read {where}: {error.reason}", error.hint) from None
         labels, class_names = _labels_from_json(content, [name[len(root) :] for name in names], where)
-        return Source(source, kind, names, open_image, labels, class_names, ignored - 1)
+        return Source(source, kind, names, open_image, labels, class_names, ignored - 1, lasting)
 
     tops = [name[len(root) :].rpartition("/")[0].partition("/")[0] for name in names]
     folders = set(tops) - {""}
     if not folders:
-        return Source(source, kind, names, open_image, ignored=ignored)
+        return Source(source, kind, names, open_image, ignored=ignored, lasting=lasting)
     if "" in tops:
         loose = names[tops.index("")]
         message = f"{source!r} has {len(folders)} class folders, and images beside them (first {loose!r})"
@@ -207,7 +231,8 @@ def _labelled(
     numbers = all(folder.isascii() and folder.isdigit() for folder in folders)
     class_names = tuple(sorted(folders, key=lambda name: (int(name) if numbers else 0, name)))
     label_of = {name: label for label, name in enumerate(class_names)}
-    return Source(source, kind, names, open_image, [label_of[top] for top in tops], class_names, ignored)
+    labels = [label_of[top] for top in tops]
+    return Source(source, kind, names, open_image, labels, class_names, ignored, lasting)
 
 
 def _wrapper(names: list[str], exists: Callable[[str], bool]) -> str:
@@ -240,8 +265,8 @@ def _labels_from_json(content: bytes, names: list[str], where: str) -> tuple[lis
     return labels, _numbered_classes(labels, where)
 
 
-def _numbered_classes(labels: Sequence[int], where: str) -> tuple[str, ...]:
-    low, high = min(labels), max(labels)
+def _numbered_classes(labels: Sequence[int] | NDArray[Any], where: str) -> tuple[str, ...]:
+    low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= MAX_CLASSES:
         hint = f"count the classes from 0, at most {MAX_CLASSES:,} of them"
         raise DataError(f"{where} has labels from {low} to {high}", hint)
@@ -256,6 +281,45 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
+# Large ones.
+
+
+def _from_packed(source: str, folder: Path) -> Source:
+    manifest, images = shards.read_packed(folder)
+    names = tuple(str(name) for name in manifest["class_names"])
+    labels = images.labels
+    if labels is not None and int(labels.max()) >= len(names):
+        raise DataError(f"{source!r} has label {int(labels.max())} and {len(names)} classes", "pack the data again")
+    return Source(
+        source,
+        "shards",
+        images.names,
+        images.open,
+        labels,
+        names if labels is not None else (),
+        lasting=True,
+        large=True,
+        packed=manifest,
+        fingerprint=manifest["fingerprint"],
+    )
+
+
+def _from_tars(source: str, paths: Sequence[Path]) -> Source:
+    images, ignored = shards.read_tars(paths, source)
+    labels = images.labels
+    names = () if labels is None else _numbered_classes(labels, repr(source))
+    return Source(
+        source, "tar", images.names, images.open, labels, names, ignored, True, True, fingerprint=images.fingerprint
+    )
+
+
+def _from_table(source: str) -> Source:
+    table = tables.Table(source)
+    labels = table.labels
+    names = table.class_names or (() if labels is None else _numbered_classes(labels, repr(source)))
+    return Source(source, "table", table.names, table.open, labels, names, 0, True, True, fingerprint=table.fingerprint)
+
+
 # Arrays.
 
 
@@ -263,7 +327,8 @@ def _from_array(
     source: str, kind: str, array: NDArray[np.uint8], labels: list[int] | None, class_names: tuple[str, ...]
 ) -> Source:
     names = [f"image {index}" for index in range(len(array))]
-    return Source(source, kind, names, lambda index: Image.fromarray(array[index]), labels, class_names)
+    lasting = kind == "npy"  # it is mapped from the disk
+    return Source(source, kind, names, lambda index: Image.fromarray(array[index]), labels, class_names, 0, lasting)
 
 
 def _from_arrays_file(source: str, path: Path) -> Source:

@@ -43,6 +43,14 @@ class Images(Protocol):
         ...
 
 
+class Stream(Protocol):
+    """What a data set may offer besides: batches that are known ahead, made ready before they are asked for."""
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor | None, ...]]:
+        """What `Images.batch` gives, for one batch of indices after another."""
+        ...
+
+
 class Report(NamedTuple):
     """One finished step. The losses are tensors on the device: reading them waits for it.
 
@@ -140,6 +148,7 @@ class Trainer:
         self.device, self.processes = torch.device(device), processes
         self.order = Order(len(data), seed)
         self.step = 0
+        self._feed: _Feed | None = None
         self._health = Health(self.device)
 
         with rng.forked(rng.derive(seed, 0), "cpu"):
@@ -203,6 +212,7 @@ class Trainer:
         """
         recipe = self.recipe
         self.model.train()
+        self._feed = _Feed.of(self)
         while self.step < recipe.iterations:
             progress = self.step / recipe.iterations
             stage, done = self.objective.stage(progress)
@@ -375,7 +385,10 @@ class Trainer:
         """
         count = count or self.recipe.batch
         own = self._own(count)
-        images, labels, *rest = self.data.batch(self.order.indices(self.images, self.recipe.batch)[:count][own])
+        if self._feed is not None and count == self.recipe.batch:
+            images, labels, *rest = self._feed.at(self.step)
+        else:
+            images, labels, *rest = self.data.batch(self.indices(self.step)[:count][own])
         assert images is not None
         images, labels = _among(images, own, count), _among(labels, own, count)
         eps = _among(rest[0], own, count) if rest else None
@@ -403,6 +416,10 @@ class Trainer:
             None if eps is None else eps.to(self.device, memory_format=torch.channels_last),
             augment,
         )
+
+    def indices(self, step: int) -> Tensor:
+        """The images of the batch of a step, over all processes."""
+        return self.order.indices(step * self.recipe.batch, self.recipe.batch)
 
     def _own(self, count: int) -> Tensor | slice:
         """Which of a batch's images this process computes with."""
@@ -465,7 +482,7 @@ class Trainer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self._health = Health(self.device)
+        self._health, self._feed = Health(self.device), None
         self.step, self.seed = state["step"], state["seed"]
         self.order = Order(len(self.data), self.seed)
         self.model.load_state_dict(_spread(state["model"], self.model))
@@ -521,6 +538,30 @@ def _among(values: Tensor | None, own: Tensor | slice, count: int) -> Tensor | N
     batch = values.new_zeros(count, *values.shape[1:])
     batch[own] = values
     return batch
+
+
+class _Feed:
+    """The batches of the steps to come, from a data set that makes them ready in time."""
+
+    def __init__(self, trainer: Trainer, data: Stream) -> None:
+        own, first, last = trainer._own(trainer.recipe.batch), trainer.step, trainer.recipe.iterations
+        self._batches = iter(data.stream(trainer.indices(step)[own] for step in range(first, last)))
+        self._next = first
+        self._batch: tuple[Tensor | None, ...] = ()
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> _Feed | None:
+        """The feed of a trainer whose data can be streamed."""
+        data: Any = trainer.data
+        return cls(trainer, data) if hasattr(data, "stream") else None
+
+    def at(self, step: int) -> tuple[Tensor | None, ...]:
+        """The batch of a step: that of the last call, or the next."""
+        if step == self._next:
+            self._batch = next(self._batches)
+            self._next += 1
+        assert step == self._next - 1
+        return self._batch
 
 
 class Health:

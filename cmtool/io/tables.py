@@ -1,0 +1,171 @@
+"""Images in the tables of Hugging Face `datasets`: parquet and arrow files, saved data sets, the hub.
+
+The library makes arrow files of what is none (in its own cache folder) and maps them from the disk, so that any row can
+be read and none is held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from cmtool.errors import DataError, DependencyError
+from cmtool.io.images import UnreadableImageError, open_image
+
+HUB = "hf:"
+FILES = (".parquet", ".arrow")
+_SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
+_IMAGES, _LABELS = ("image", "img", "images", "jpg", "png", "webp"), ("label", "labels", "cls", "class", "fine_label")
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file or folder holds such tables, by its names."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _SAVED) or bool(_files(path))
+    return path.suffix.lower() in FILES
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(file) for ending in FILES for file in folder.glob(f"*{ending}"))
+
+
+class Table:
+    """The images of a table.
+
+    Raises:
+        DataError: if it cannot be read or has no column of images. DependencyError: without `datasets`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows = _opened(name)
+        features = self._rows.features
+        self._column = _image_column(features, name)
+        label = next((column for column in _LABELS if _is_label(features.get(column))), None)
+        self.labels = None if label is None else np.asarray(self._rows.with_format("numpy")[label][:], np.int64)
+        self.class_names = tuple(getattr(features[label], "names", None) or ()) if label else ()
+        if self.labels is not None and self.labels.min(initial=0) < 0:
+            raise DataError(f"{name!r} has rows without a label (-1)", "name a split that has labels")
+        self._rows = self._rows.select_columns([self._column]).with_format("arrow")
+        self.ignored = 0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def open(self, number: int) -> Image.Image:
+        """An image with its header read.
+
+        Raises:
+            UnreadableImageError: if it is none.
+        """
+        cell = self._rows[number][self._column][0].as_py()
+        if isinstance(cell, dict):
+            cell = cell.get("bytes") or _from_file(cell.get("path"), self.row(number))
+        return open_image(cell or b"", self.row(number))
+
+    def row(self, number: int) -> str:
+        """What to call an image in messages."""
+        return f"row {number:,} of {self.name}"
+
+    @property
+    def names(self) -> Sequence[str]:
+        """`row` of all of them, made when asked for."""
+        return _Rows(self)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the number of rows and the size of each image."""
+        import pyarrow.compute as pc
+
+        column = self._rows.data.column(self._column)
+        cells = pc.struct_field(column, "bytes") if column.type.num_fields else column
+        sizes = np.asarray(pc.fill_null(pc.binary_length(cells), -1), np.int64)
+        return hashlib.sha256(np.int64(len(self)).tobytes() + sizes.tobytes()).hexdigest()[:16]
+
+
+class _Rows(Sequence[str]):
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self._table.row(number)
+
+
+def _opened(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DependencyError(
+            f"{name!r} is read with the package datasets, which is not installed", "pip install 'cmtool[hf]'"
+        ) from error
+    datasets.disable_progress_bars()
+    try:
+        return _first_part(_read(datasets, name), name)
+    except DataError:
+        raise
+    except Exception as error:  # of many kinds: arrow's, fsspec's, the hub's
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        hint = "check the name, and the connection" if name.startswith(HUB) else "copy or download it again"
+        raise DataError(f"cannot read {name!r}: {reason[:200]}", hint) from error
+
+
+def _read(datasets: Any, name: str) -> Any:
+    if name.startswith(HUB):
+        repository, _, split = name.removeprefix(HUB).partition(":")
+        return datasets.load_dataset(repository, split=split or "train")
+    path = Path(name)
+    if path.is_dir() and any((path / saved).is_file() for saved in _SAVED):
+        return datasets.load_from_disk(name)
+    files = _files(path) if path.is_dir() else [name]
+    if all(file.lower().endswith(".arrow") for file in files):
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+    return datasets.load_dataset("parquet", data_files=files, split="train")
+
+
+def _first_part(found: Any, name: str) -> Any:
+    """A saved dictionary of splits: its train split."""
+    if isinstance(found, dict):
+        if "train" not in found:
+            raise DataError(f"{name!r} has the splits {', '.join(found)} and none is train", f"name one: {name}/SPLIT")
+        return found["train"]
+    return found
+
+
+def _image_column(features: Any, name: str) -> str:
+    likely = [column for column, kind in features.items() if type(kind).__name__ == "Image"]
+    likely += [column for column in _IMAGES if column in features and _holds_bytes(features[column])]
+    if not likely:
+        raise DataError(f"{name!r} has no column of images, only {', '.join(features)}", "call it image")
+    return str(likely[0])
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if isinstance(kind, dict):
+        return "bytes" in kind
+    return getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+
+def _is_label(kind: Any) -> bool:
+    return type(kind).__name__ == "ClassLabel" or getattr(kind, "dtype", "") in (
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+    )
+
+
+def _from_file(path: str | None, row: str) -> bytes:
+    if not path or not os.path.isfile(path):
+        raise UnreadableImageError(row, "an empty cell")
+    with open(path, "rb") as file:
+        return file.read()
