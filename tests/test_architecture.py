@@ -67,17 +67,32 @@ OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
     "PIL": {"io"},
+    "datasets": {"io"},
     "diffusers": {"benchmark"},
     "huggingface_hub": {"io"},
     "onnx": {"io"},
     "onnxruntime": {"io"},
+    "pyarrow": {"io"},
     "safetensors": {"io"},
     "sklearn": {"io"},
     "lpips": {"training"},
     "torchvision": {"training"},
 }
 STDLIB_AND_CORE = {*sys.stdlib_module_names, "cmtool", "torch", "numpy"}
-SLOW = {"torch", "torchvision", "numpy", "PIL", "safetensors", "lpips", "sklearn", "rich", "huggingface_hub", "onnx"}
+SLOW = {
+    "torch",
+    "torchvision",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "lpips",
+    "sklearn",
+    "rich",
+    "huggingface_hub",
+    "onnx",
+    "datasets",
+    "pyarrow",
+}
 
 FILE_CALLS = {
     *(

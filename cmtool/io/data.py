@@ -37,6 +37,7 @@ from cmtool.io.stored import fingerprint as stored_fingerprint
 
 T = TypeVar("T")
 _CHUNK = 64
+_SOME = 64  # images that have to fit into memory, or none of a batch would
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ def open_data(
     with quiet_pillow(), open_source(str(source), resolution) as opened:
         chosen = opened.evenly(limit)
         plan = Plan(resolution or _first_side(opened, chosen), crop, resize, upscale, channels, resolution is None)
-        stays = limit is None and opened.lasting and (opened.large or not _fits(len(chosen), plan))
+        too_large = not _fits(len(chosen), plan) and _fits(_SOME, plan)
+        stays = limit is None and opened.lasting and (opened.large or too_large)
         if stays:
             tally = _foreseen(opened, plan)
         else:

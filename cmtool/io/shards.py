@@ -149,7 +149,7 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], Shards]:
             and all(type(manifest[name]) is int and manifest[name] > 0 for name in ("resolution", "channels"))
             and all(isinstance(manifest[name], str) for name in ("source", "crop", "resize"))
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"the manifest or the index in {str(folder)!r} is damaged", _HINT) from error
     if not fine:
         raise DataError(f"the manifest and the index in {str(folder)!r} do not fit together", _HINT)
@@ -214,7 +214,7 @@ def _samples(path: Path) -> Iterator[tuple[tuple[int, int] | None, int | None, i
                     if key is not None:
                         yield image, label, others
                     key, image, label, others = f"{folder}/{stem}", None, None, 0
-                suffix = os.path.splitext("." + ending.lower())[1]
+                suffix = os.path.splitext(base.lower())[1]
                 if suffix in SUFFIXES and image is None:
                     image = member.offset_data, member.size
                 elif ending.lower() in ("cls", "json") and member.size <= _LABEL_LIMIT:

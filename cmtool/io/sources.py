@@ -123,7 +123,10 @@ def open_source(name: str, resolution: int | None = None) -> Iterator[Source]:
         with archive:
             yield _from_zip(name, archive)
     else:
-        raise DataError(f"expected image data, found the file {name!r}", _other_file_hint(path))
+        raise DataError(
+            f"expected a folder, a zip, an .npz, an .npy, a .tar or a .parquet file, found {name!r}",
+            _other_file_hint(path),
+        )
 
 
 def memory_limit() -> int:

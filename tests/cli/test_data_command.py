@@ -184,3 +184,40 @@ def test_help_and_usage_errors_do_not_load_torch():
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+class TestPack:
+    def test_a_packed_folder_is_a_source(self, cli, mixed, tmp_path):
+        result = cli("data", "pack", mixed, tmp_path / "packed", "--resolution", 8, "--shard-images", 2, "--json")
+        assert result.code == 0, result.stderr
+        assert "4 images, 8x8 RGB; 2 classes" in result.stderr
+        assert json.loads(result.stdout)["report"]["used"] == 4
+        assert sorted(path.name for path in (tmp_path / "packed").glob("*.tar")) == ["00000.tar", "00001.tar"]
+        found = json.loads(cli("data", "inspect", tmp_path / "packed", "--json").stdout)
+        assert (found["kind"], found["count"], found["resolution"]) == ("shards", 4, 8)
+        result = cli("data", "preview", tmp_path / "packed", "--out", tmp_path / "grid.png")
+        assert result.code == 0, result.stderr
+
+    def test_a_training_reads_it(self, cli, square, tmp_path):
+        assert cli("data", "pack", square, tmp_path / "packed", "-q").code == 0
+        run = ["train", "--preset", "edm", "--network", "tiny", "--batch", 4, "--iterations", 4, "--sample-every", 0]
+        result = cli(*run, "--data", tmp_path / "packed", "--workers", 1, "--stop-after", 2, "--out", tmp_path / "run")
+        assert result.code == 75, result.stderr
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["ways"]["workers"] == 1
+        shard = tmp_path / "packed" / "00000.tar"
+        kept = shard.read_bytes()
+        at = int(np.load(tmp_path / "packed" / "index.npy")["offset"][4])
+        shard.write_bytes(kept[:at] + bytes(100) + kept[at + 100 :])
+        cli("train", "--resume", tmp_path / "run").error(1, "cannot be used any more: damaged", "cmtool data pack")
+        shard.write_bytes(kept)
+        assert cli("train", "--resume", tmp_path / "run").code == 0
+
+    def test_errors(self, cli, mixed, tmp_path):
+        cli("data", "pack", mixed).error(2, "FOLDER")
+        cli("data", "pack", mixed, tmp_path / "out").error(1, "one square size", "--resolution")
+        cli("data", "pack", tmp_path / "none", tmp_path / "out").error(1, "no such file")
+        cli("data", "pack", mixed, mixed, "--resolution", 8).error(2, "is there already")
+        cli("data", "pack", mixed, mixed / "notes.txt" / "x").error(2, "is a file, not a folder")
+        cli("data", "pack", mixed, tmp_path / "out", "--shard-images", 0).error(2, "--shard-images")
+        assert not (tmp_path / "out").exists()
+        assert not list(tmp_path.glob(".*"))

@@ -9,7 +9,7 @@ from cmtool.cli.app import app
 MAKE = "--batch --device --precision --json"
 EDIT = f"--model --image --out --seeds --labels --times --edit-steps {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
-    --crop --resize --upscale --no-upscale --channels --config --set --log-every --save-every --sample-every
+    --crop --resize --upscale --no-upscale --channels --workers --config --set --log-every --save-every --sample-every
     --micro-batch --checkpoint-activations --shard --compile --no-compile --dry-run -n --resume --stop-after --keep
     --overwrite {MAKE}"""
 FLAGS = {
@@ -35,6 +35,7 @@ FLAGS = {
     "--device --precision --json",
     "data": "",
     "data inspect": "PATH --json",
+    "data pack": "PATH FOLDER --resolution --crop --resize --upscale --channels --shard-images --json",
     "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",
 }
 
