@@ -717,7 +717,7 @@ def _preview(trainer: Trainer, file: Path) -> None:
 
 
 @contextmanager
-def _stop_signal(many: bool) -> Iterator[Callable[[], int]]:
+def _stop_signal(many: bool = False) -> Iterator[Callable[[], int]]:
     """Turn the first Ctrl-C, SIGTERM or SIGUSR1 into a number to ask for (0: none), so that the step in work is saved.
 
     A second Ctrl-C interrupts at once; where there are `many` processes, not one that comes with the first: the

@@ -109,6 +109,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
+    _held.add(handle)
     try:
         with suppress(OSError):  # a file system without locks
             try:
@@ -117,7 +118,21 @@ def locked(folder: Path) -> Iterator[None]:
                 raise Locked from error
         yield
     finally:
+        _held.discard(handle)
         os.close(handle)
+
+
+_held: set[int] = set()
+
+
+def _let_go() -> None:
+    """A forked process has the locks of its parent, and could hold them for longer than that one lives."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def umask() -> int:

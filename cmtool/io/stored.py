@@ -10,11 +10,13 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -149,14 +151,15 @@ class StoredDataset:
         try:
             for made in loader:
                 yield _good(made)
+        except (ConnectionError, EOFError) as error:  # what it had made went with it
+            with suppress(RuntimeError):
+                time.sleep(1)  # torch's own word on it comes with a signal, and would else come in the middle of others
+            raise _dead("what it had made is lost") from error
         except RuntimeError as error:
             if "timed out" in str(error):
                 raise self._stuck() from error
             if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-                raise DataError(
-                    f"a process that decodes images has died: {str(error).splitlines()[0]}",
-                    "it may have run out of memory, or of room in /dev/shm: try fewer --workers, or 0",
-                ) from error
+                raise _dead(str(error).splitlines()[0]) from error
             raise
 
     def _stuck(self) -> DataError:
@@ -169,6 +172,13 @@ class StoredDataset:
     def pictures(self) -> Tensor:
         """All of them, as uint8."""
         return self.batch(torch.arange(len(self)))[0]
+
+
+def _dead(reason: str) -> DataError:
+    return DataError(
+        f"a process that decodes images has died: {reason}",
+        "it may have run out of memory, or of room in /dev/shm: try fewer --workers, or 0",
+    )
 
 
 def default_workers() -> int:

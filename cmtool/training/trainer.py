@@ -210,9 +210,15 @@ class Trainer:
         Raises:
             DivergenceError: when a loss or a gradient is no longer finite; the weights are then not worth keeping.
         """
+        self._feed = _Feed.of(self)
+        try:
+            yield from self._steps()
+        finally:
+            self._feed = None
+
+    def _steps(self) -> Iterator[Report]:
         recipe = self.recipe
         self.model.train()
-        self._feed = _Feed.of(self)
         while self.step < recipe.iterations:
             progress = self.step / recipe.iterations
             stage, done = self.objective.stage(progress)

@@ -208,7 +208,9 @@ class TestPack:
         kept = shard.read_bytes()
         at = int(np.load(tmp_path / "packed" / "index.npy")["offset"][4])
         shard.write_bytes(kept[:at] + bytes(100) + kept[at + 100 :])
-        cli("train", "--resume", tmp_path / "run").error(1, "cannot be used any more: damaged", "cmtool data pack")
+        cli("train", "--resume", tmp_path / "run", "-q").error(
+            1, "cannot be used any more: damaged", "cmtool data pack"
+        )
         shard.write_bytes(kept)
         assert cli("train", "--resume", tmp_path / "run").code == 0
 

@@ -218,12 +218,12 @@ def test_what_is_no_model_says_so(data, words, tmp_path, monkeypatch):
         data = out.getvalue()
     path = tmp_path / "cd_x.pt"
     path.write_bytes(data)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=r"cd_x\.pt") as caught:
         cmtool.load(path)
     assert words in str(caught.value)
     assert caught.value.hint
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
     assert not Path("/tmp/never_cmtool").exists()
 

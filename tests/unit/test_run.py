@@ -16,6 +16,7 @@ import torch
 
 from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint
+from cmtool.io.files import locked
 from cmtool.io.run import RunFolder, read_config
 from cmtool.training.average import Exponential, Power
 from cmtool.training.recipe import Optimizer
@@ -411,3 +412,22 @@ def test_a_series_begins_anew_with_a_stage(tmp_path):
     assert stored(folder)["power-0.2"] == [1, 2, 3]
     saved(folder, made, 2)
     assert stored(folder) == {"exponential-0.5": [5], "power-0.05": [4, 5], "power-0.2": [4, 5]}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    """A process that decodes images may outlive one that was killed."""
+    ready, go = os.pipe()
+    with locked(tmp_path / "run"):
+        child = os.fork()
+        if not child:
+            os.close(go)
+            os.read(ready, 1)  # until the parent closes its end
+            os._exit(0)
+        os.close(ready)
+    try:
+        with locked(tmp_path / "run"):
+            pass
+    finally:
+        os.close(go)
+        os.waitpid(child, 0)
