@@ -417,17 +417,20 @@ def test_a_series_begins_anew_with_a_stage(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_does_not_hold_the_lock(tmp_path):
     """A process that decodes images may outlive one that was killed."""
-    ready, go = os.pipe()
+    (begun, begin), (wait, leave) = os.pipe(), os.pipe()
     with locked(tmp_path / "run"):
         child = os.fork()
         if not child:
-            os.close(go)
-            os.read(ready, 1)  # until the parent closes its end
+            os.close(leave)
+            os.write(begin, b"x")
+            os.read(wait, 1)  # until the parent closes its end
             os._exit(0)
-        os.close(ready)
+        os.read(begun, 1)
     try:
         with locked(tmp_path / "run"):
             pass
     finally:
-        os.close(go)
+        os.close(leave)
         os.waitpid(child, 0)
+        for end in (begun, begin, wait):
+            os.close(end)
