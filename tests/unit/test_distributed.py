@@ -39,8 +39,6 @@ CASES = {
         ),  # leaves weights
     ],
     4: [
-        Case("CT_RECIPE", {}, BATCH, STEPS),
-        Case("CD_RECIPE", SPREAD, BATCH, STEPS),
         Case("SCD_RECIPE", PIECES, BATCH, STEPS),
         Case("TCM_RECIPE", SPREAD, BATCH, STEPS),
     ],
