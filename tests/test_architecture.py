@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "times": FLOW,
     "sampler": FLOW | {"times"},
     "generate": FLOW | {"editing", "io", "networks", "rng", "sampler", "solvers", "times"},
+    "evaluation": FLOW | {"generate", "io", "processes"},
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
     "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
     | {
         "benchmark",
         "editing",
+        "evaluation",
         "generate",
         "io",
         "networks",
@@ -75,6 +77,8 @@ OWNERS = {
     "pyarrow": {"io"},
     "safetensors": {"io"},
     "sklearn": {"io"},
+    "tensorboard": {"io"},
+    "wandb": {"io"},
     "lpips": {"training"},
     "torchvision": {"training"},
 }
@@ -92,6 +96,8 @@ SLOW = {
     "onnx",
     "datasets",
     "pyarrow",
+    "tensorboard",
+    "wandb",
 }
 
 FILE_CALLS = {

@@ -14,6 +14,7 @@ import typer
 
 from cmtool.errors import UsageError, nearest
 
+TRACKERS = ("tensorboard", "wandb")
 SOLVERS = ("euler", "heun", "dpm2", "ddim", "ancestral")
 LANDINGS = ("t_min", "next")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -148,6 +149,20 @@ def parse_micro_batch(text: str) -> int | None:
     if not re.fullmatch(r"[0-9]{1,9}", text.strip()) or int(text) < 1:
         raise UsageError(f"--micro-batch {text}: expected a positive whole number or auto", "for example 16, or auto")
     return int(text)
+
+
+def parse_trackers(text: str) -> tuple[str, ...]:
+    """Comma-separated names of trackers.
+
+    Raises:
+        UsageError: another name.
+    """
+    hint = f"for example --track {TRACKERS[0]}, or both: --track {','.join(TRACKERS)}"
+    names = tuple(dict.fromkeys(_parts(text, "--track", hint)))
+    for name in names:
+        if name not in TRACKERS:
+            raise UsageError(f"--track: there is no tracker {name!r}", hint)
+    return names
 
 
 def _parts(text: str, option: str, hint: str) -> list[str]:

@@ -132,6 +132,24 @@ class Request:
     sample_every: Annotated[
         int | None, typer.Option("--sample-every", metavar="N", min=0, help="Steps between sample grids; 0 is never.")
     ] = None
+    judge_every: Annotated[
+        int | None,
+        typer.Option(
+            "--judge-every",
+            metavar="N",
+            min=0,
+            help="Steps between measures of quality, the best is kept; 0 is never. [default: a tenth of 1,000 or more]",
+        ),
+    ] = None
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track",
+            metavar="NAMES",
+            help="Write metrics also for tensorboard, wandb or both: tensorboard,wandb.",
+            **options.parsed(options.parse_trackers),
+        ),
+    ] = None
     dry_run: Annotated[
         bool,
         typer.Option(

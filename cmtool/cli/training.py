@@ -6,7 +6,6 @@ Precedence: defaults < preset < --config < flags. The resolved run is written to
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import signal
 import time
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from cmtool.cli.logbook import Logbook
     from cmtool.cli.train import Request
     from cmtool.flow.flow_map import FlowMap, ModelCard, Role
     from cmtool.io.data import Data
@@ -67,7 +67,9 @@ def run(request: Request) -> None:
     folder.keep = request.keep or KEEP
 
     from cmtool import precision as policy
+    from cmtool.cli.logbook import Logbook, Rhythm
     from cmtool.io.data import open_data
+    from cmtool.io.trackers import check_trackers, open_trackers
     from cmtool.training.presets import Shape
 
     # What can be wrong with the options is found before anything large is read.
@@ -78,6 +80,8 @@ def run(request: Request) -> None:
             f"{draft.preset} is a second stage here: a first one answers where the noise is low, and there is none",
             "add --init runs/first, a consistency model: of --preset ect or ict, for example",
         )
+    tracked = options.parse_trackers(request.track) if request.track else ()
+    check_trackers(tracked)
     backbone = _backbone(draft, request.lpips_backbone)
     device = policy.device(request.device)
     policy.tune(device)
@@ -134,8 +138,17 @@ def run(request: Request) -> None:
             folder.prepare(config, overwrite=request.overwrite)
         _announce(trainer, data, teacher, "float32" if compute is None else "bfloat16")
         _announce_start(recipe, init or (teacher if recipe.init_from_teacher else None))
+        rhythm = Rhythm(
+            recipe.iterations,
+            log=request.log_every,
+            save=request.save_every,
+            sample=request.sample_every,
+            judge=request.judge_every,
+        )
+        opened = open_trackers(tracked, folder.path, config, trainer.step) if team.first else []
+        book = Logbook(trainer, folder, rhythm, opened)
         try:
-            _loop(trainer, folder, request)
+            _loop(trainer, folder, request, book)
         except DivergenceError as error:
             kept = folder.saved()
             raise DivergenceError(
@@ -143,6 +156,8 @@ def run(request: Request) -> None:
                 + (f"; the checkpoint of step {kept:,} is intact" if kept else " and no checkpoint was made"),
                 "start again with a lower --lr or --precision fp32, and --overwrite or another --out",
             ) from error
+        finally:
+            book.close()
 
 
 # Resolving what is asked for.
@@ -172,8 +187,8 @@ def _continue(trainer: Trainer, folder: RunFolder) -> tuple[Path, ...]:
 # How a run goes about its work, and what such a value looks like: none changes the result by more than rounding.
 _WAYS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("log_every", "save_every", "keep"), lambda value: type(value) is int and value > 0),
-    **dict.fromkeys(("sample_every", "workers"), lambda value: type(value) is int and value >= 0),
-    "micro_batch": lambda value: isinstance(value, str),
+    **dict.fromkeys(("sample_every", "judge_every", "workers"), lambda value: type(value) is int and value >= 0),
+    **dict.fromkeys(("micro_batch", "track"), lambda value: isinstance(value, str)),
     **dict.fromkeys(("checkpoint_activations", "compile_", "shard"), lambda value: value is True),
     "precision": lambda value: value in ("fp32", "bf16"),
 }
@@ -630,42 +645,19 @@ def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:
             console.note(f"the network to start from predicts {before}, here it learns {after}: only a rough start")
 
 
-def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
-    import torch
-
+def _loop(trainer: Trainer, folder: RunFolder, request: Request, book: Logbook) -> None:
     total = trainer.recipe.iterations
-    log_every = request.log_every or max(1, min(100, total // 50))
-    save_every = request.save_every or max(100, total // 5)
-    sample_every = max(100, total // 10) if request.sample_every is None else request.sample_every
-    losses: list[Tensor] = []
     signalled = 0
-    first, last, text, loss = trainer.step, time.monotonic(), "", None
+    first, text = trainer.step, ""
     team = trainer.processes
     agreed = team.agreement()
     with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal(team.many) as stopped:
         for report in trainer.run():
-            losses.append(report.loss)
             agreed.note(stopped())
             signalled = agreed.ask()
-            ending = report.step == total or signalled or report.step - first == request.stop_after
-            if report.step % log_every == 0 or ending:
-                loss = float(team.sum(torch.stack(losses).sum()) / len(losses))
-                now = time.monotonic()
-                speed = len(losses) * trainer.recipe.batch / max(now - last, 1e-9)
-                folder.log(
-                    {
-                        "step": report.step,
-                        "images": report.images,
-                        "loss": _finite(loss),
-                        "grad_norm": _finite(float(report.grad_norm)),
-                        "lr": report.lr,
-                        "images_per_second": round(speed, 1),
-                    }
-                )
-                losses, last, text = [], now, f"loss {loss:.4g}, {speed:.0f} images/s"
-            if sample_every and (report.step % sample_every == 0 or report.step == total):
-                _preview(trainer, folder.sample_file(report.step))
-            if report.step % save_every == 0 or ending:
+            ending = bool(report.step == total or signalled or report.step - first == request.stop_after)
+            text = book.note(report, ending=ending) or text
+            if report.step % book.rhythm.save == 0 or ending:
                 folder.save(trainer)
             update(report.step, text)
             if ending:
@@ -682,7 +674,7 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
                 "model": str(model),
                 "iterations": trainer.step,
                 "images": trainer.images,
-                "loss": loss,
+                "loss": book.loss,
                 "finished": trainer.step == total,
             }
         )
@@ -691,29 +683,6 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request) -> None:
     if trainer.step < total:
         console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume {folder.path} continues")
         raise typer.Exit(INTERRUPTED if signalled == signal.SIGINT else STOPPED)
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no word for the numbers of a training that has just diverged."""
-    return value if math.isfinite(value) else None
-
-
-def _preview(trainer: Trainer, file: Path) -> None:
-    """A grid of samples from the average, always of the same seeds."""
-    import torch
-
-    from cmtool.generate import generate
-    from cmtool.io.images import grid, to_uint8, write_image
-
-    model, team = trainer.average, trainer.processes
-    seeds = range(64 if model.card.resolution <= 64 else 16)
-    labels = range(model.card.num_classes) if model.card.num_classes else None
-    solver = "heun" if model.card.role == "denoiser" else None
-    own = seeds[team.share(len(seeds))]
-    made = [to_uint8(part.images) for part in generate(model, own, labels=labels, solver=solver)]
-    parts = [part for share in team.gathered(made) for part in share]
-    if team.first:
-        write_image(file, grid(torch.cat(parts)))
 
 
 @contextmanager

@@ -6,6 +6,8 @@ samples/NNNNNNN.png  a grid from the average, always from the same seeds
 checkpoints/         step_NNNNNNN.pt, the states to continue from, the newest few; step_NNNNNNN.dcp where processes
                      hold a part of the weights each (`cmtool.io.sharded`)
 model.safetensors    the average weights
+best.safetensors     those of the step at which a measure of their samples was best, where a run is judged
+tensorboard/, wandb/ what these were given, where a run is tracked
 averages/NAME/       where a run keeps several averages: step_NNNNNNN.safetensors, ordinary model files; of the kinds
                      that others can be made of later, all of the stage and in float16, of the others the newest
 """
@@ -25,10 +27,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint, files
 from cmtool.io.files import write_atomic
+from cmtool.io.images import write_image
 from cmtool.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from cmtool.flow.flow_map import FlowMap
     from cmtool.io.sharded import Like
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 KEEP = 2  # training states kept; each holds the model several times over
 _WHOLE, _SHARDED = ".pt", ".dcp"
+_BEST = "best.safetensors"
 _MARGIN = 1.02  # what files take, over the numbers in them
 _INTACT = "make room, then continue with --resume; earlier checkpoints are intact"
 
@@ -117,9 +122,9 @@ class RunFolder:
             return
         self.check(overwrite=overwrite)
         try:
-            for name in ("averages", "checkpoints", "samples"):
+            for name in ("averages", "checkpoints", "samples", "tensorboard", "wandb"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE):
+            for name in ("config.json", "metrics.jsonl", checkpoint.MODEL_FILE, _BEST):
                 (self.path / name).unlink(missing_ok=True)
             text = json.dumps(config, indent=2) + "\n"
             write_atomic(self.config_file, lambda file: file.write(text.encode()))
@@ -174,9 +179,29 @@ class RunFolder:
                 continue  # a line the last run was stopped in the middle of
         write_atomic(file, lambda out: out.write("".join(kept).encode()))
 
-    def sample_file(self, step: int) -> Path:
-        """Where the sample grid of a step goes."""
-        return self.path / "samples" / f"{step:07d}.png"
+    def write_samples(self, step: int, image: Tensor) -> None:
+        """The sample grid of a step, uint8 [C, H, W]."""
+        write_image(self.path / "samples" / f"{step:07d}.png", image)
+
+    def best(self, name: str) -> float | None:
+        """The least value of a measure in the log, if the best model was kept; the same in all processes."""
+        return self.processes.told(self._best(name) if self.processes.first else None)
+
+    def _best(self, name: str) -> float | None:
+        file = self.path / "metrics.jsonl"
+        if not file.is_file() or not (self.path / _BEST).is_file():
+            return None
+        lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        return min((line[name] for line in lines if name in line), default=None)
+
+    def save_best(self, model: FlowMap) -> None:
+        """Keep a model as the best so far; errors as `save`."""
+        if not self.processes.first:
+            return
+        try:
+            checkpoint.save(model, self.path / _BEST)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {self.path / _BEST}: {error.strerror or error}", _INTACT) from error
 
     def averages(self) -> dict[str, dict[int, Path]]:
         """The stored averages, name -> step -> model file, in rising order; none where a run keeps one average only."""

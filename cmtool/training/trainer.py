@@ -273,7 +273,8 @@ class Trainer:
                 loss = self._parallel.loss(piece, progress)
                 # What is summed over processes is then divided by their number.
                 (self.processes.count * piece.weight * loss.value).backward()
-            done.append((piece, loss._replace(value=loss.value.detach())))
+            if piece.weight:  # not one that only keeps company
+                done.append((piece, loss._replace(value=loss.value.detach())))
         if count is None:
             self._parallel.finish()
         return joined(done)

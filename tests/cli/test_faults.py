@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +28,19 @@ def start(cli, pictures, tmp_path):
 
 def test_a_killed_run_comes_to_the_same(tmp_path):
     """The long form is in the log of examples."""
-    ask = [sys.executable, "-m", "tests.faults", "--kills", "4", "--presets", "ct", "--out", str(tmp_path)]
+    ask = [
+        sys.executable,
+        "-m",
+        "tests.faults",
+        "--kills",
+        "4",
+        "--presets",
+        "ct",
+        "--steps",
+        "60",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["kills"] == 4
@@ -109,3 +123,48 @@ def test_two_runs_do_not_share_a_folder(start, cli, tmp_path):
     assert start("run", "--stop-after", 1).code == 75
     with RunFolder(tmp_path / "run").writing():
         cli("train", "--resume", tmp_path / "run").error(2, "another process writes to")
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 4 MiB."""
+    where = tmp_path / "disk"
+    where.mkdir()
+    ask = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(where)]
+    try:
+        mounted = subprocess.run(ask, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("only root mounts a disk")
+    yield where
+    subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_there(start, cli, disk):
+    run, filler = disk / "run", disk / "filler"
+    assert start(run, "--save-every", 1, "--keep", 1, "--stop-after", 2).code == 75
+    kept = {file: file.read_bytes() for file in run.rglob("*.safetensors")} | {
+        file: file.read_bytes() for file in run.rglob("*.pt")
+    }
+    assert len(kept) == 2
+    filler.write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize - 2**16))
+    resume = ("train", "--resume", run, "--precision", "fp32")
+
+    def refused(word):
+        result = cli(*resume)
+        assert result.code == 1
+        error, hint = result.stderr.splitlines()[-2:]
+        assert word in error
+        assert "earlier checkpoints are intact" in hint
+
+    refused("the checkpoint needs")
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    refused("No space left on device")
+    assert all(file.read_bytes() == raw for file, raw in kept.items())
+    assert not list(run.rglob(".*.part"))
+    filler.unlink()
+    assert cli(*resume).code == 0
+    assert steps(run) == [1, 2, 3, 4, 5, 6]

@@ -1,0 +1,1 @@
+"""Judging images: features, statistics of them, and distances between sets."""
