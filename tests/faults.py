@@ -105,10 +105,10 @@ class Job:
                 return None
             time.sleep(0.001)
 
-    def kill(self, folder: Path, chance: random.Random, *, writing: bool) -> bool:
+    def kill(self, folder: Path, chance: random.Random, within: float, *, writing: bool) -> bool:
         """Kill one process at a random moment, and see the others end; False if the run was over before."""
         several = len(self.running)
-        code = self.ended(chance.uniform(0.0, 4.0 if several > 1 else 1.5))
+        code = self.ended(chance.uniform(0.0, within))
         while code is None and writing and not any(folder.rglob(".*.part")):
             code = self.ended(0.0)
         if code is not None:
@@ -204,13 +204,15 @@ def campaign(
     while done < kills:
         preset = presets[runs % len(presets)]
         whole, parts = out / f"whole-{runs}", out / f"parts-{runs}"
+        began = time.monotonic()
         assert Job(command(preset, out, whole, runs, steps, *more), processes).ended(600) == 0
+        within = 0.5 * (time.monotonic() - began)  # many get past the start, and a few to the end
         while True:
             job = Job(command(preset, out, parts, runs, steps, *more), processes)
             if done >= kills:
                 assert job.ended(600) == 0
                 break
-            if not job.kill(parts, chance, writing=done % 3 == 2):
+            if not job.kill(parts, chance, within, writing=done % 3 == 2):
                 break
             met += any(parts.rglob(".*.part"))
             done += 1

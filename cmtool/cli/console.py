@@ -80,6 +80,8 @@ class Update(Protocol):
 def progress(title: str, total: int, *, done: int = 0, every: float = 10.0) -> Iterator[Update]:
     """Show how far something has come: a live bar on a terminal, else a plain line every `every` seconds.
 
+    A total of 0 is one that nobody knows.
+
     The last call before the end is always shown as a line when stderr is no terminal and any line was shown before.
     """
     if _quiet:
@@ -114,7 +116,7 @@ def _live(title: str, total: int, first: int) -> Iterator[Update]:
     )
     # rich would take stdout's lines above the bar, on stderr: right on a terminal, a loss in a pipe.
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task(title, total=total, completed=first, text="")
+        task = bar.add_task(title, total=total or None, completed=first, text="")
         yield lambda done, text="": bar.update(task, completed=done, text=_fold(text))
 
 
@@ -126,7 +128,7 @@ def _lines(title: str, total: int, first: int, every: float) -> Iterator[Update]
     def update(done: int, text: str = "") -> None:
         nonlocal shown, last, line
         now = time.monotonic()
-        line = f"{title} {done:,}/{total:,}"
+        line = f"{title} {done:,}" + (f"/{total:,}" if total else "")
         line += f", {clock((now - start) * (total - done) / (done - first))} left" if first < done < total else ""
         line += f", {text}" if text else ""
         if now - shown >= every:

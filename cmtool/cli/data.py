@@ -133,6 +133,12 @@ def pack(
     shard_images: Annotated[
         int, typer.Option("--shard-images", metavar="N", min=1, help="Images a tar file.")
     ] = 10_000,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Of a table (hf:owner/name, parquet): read each row as it comes, store nothing else."
+        ),
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Write a data set as tar shards, cropped and resized once: to train on data larger than the memory.
@@ -153,6 +159,7 @@ def pack(
             upscale=upscale,
             channels=channels,
             shard_images=shard_images,
+            stream=stream,
             progress=update,
         )
     console.note(report.summary())

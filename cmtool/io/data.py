@@ -13,10 +13,11 @@ import hashlib
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,7 +32,7 @@ from cmtool.io.fitting import CROPS, RESIZES, Plan
 from cmtool.io.images import UnreadableImageError, load, quiet_pillow, to_uint8
 from cmtool.io.pairs import About, Pairs, read_pairs
 from cmtool.io.shards import SHARD_IMAGES, Writer, encode
-from cmtool.io.sources import Source, memory_limit, open_source
+from cmtool.io.sources import Source, Streamed, memory_limit, open_source
 from cmtool.io.stored import Reader, StoredDataset, default_workers
 from cmtool.io.stored import fingerprint as stored_fingerprint
 
@@ -360,6 +361,7 @@ def pack(
     upscale: bool = False,
     channels: int | None = None,
     shard_images: int = SHARD_IMAGES,
+    stream: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write a data set as tar shards that `open_data` reads image by image; see `cmtool.io.shards`.
@@ -368,7 +370,8 @@ def pack(
 
     Args:
         target: the new folder. shard_images: images a shard.
-        progress: told how many images are done, of how many.
+        stream: read a table of `datasets` row by row as it arrives, and store nothing but the shards.
+        progress: told how many images are done, of how many; of 0 where nobody knows.
         source and the others: as `open_data`.
     Raises:
         DataError: as `open_data`, and for pairs. UsageError: if the target is there already.
@@ -380,21 +383,29 @@ def pack(
         raise DataError(f"{str(source)!r} holds pairs, which are no images to pack", "train on the .npz itself")
     with (
         quiet_pillow(),
-        open_source(str(source), resolution) as opened,
+        nullcontext(Streamed(str(source))) if stream else open_source(str(source), resolution) as opened,
         Writer(Path(target), shard_images=shard_images) as out,
     ):
-        every = range(len(opened.names))
-        plan = Plan(resolution or _first_side(opened, every), crop, resize, upscale, channels or 3, resolution is None)
+        parts: Iterable[Source] = opened.parts() if isinstance(opened, Streamed) else [opened]
+        plan: Plan | None = None
         total = _Tally()
-        for tally, made in _in_chunks_bounded(every, lambda places: _packed(opened, plan, places)):
-            total.add(tally)
-            for place, encoded, pixels in made if not total.first_misfit else ():
-                out.add(encoded, pixels, None if opened.labels is None else int(opened.labels[place]))
-            progress(total.seen, len(every))
-        if total.first_misfit:
+        for part in parts:
+            every = range(len(part.names))
+            side = resolution or (plan.resolution if plan else _first_side(part, every))
+            plan = Plan(side, crop, resize, upscale, channels or 3, resolution is None)
+            work = partial(_packed, part, plan)
+            begin = total.seen
+            for tally, made in _in_chunks_bounded(every, work):
+                total.add(tally.moved(begin))
+                for place, encoded, pixels in made if not total.first_misfit else ():
+                    out.add(encoded, pixels, None if part.labels is None else int(part.labels[place]))
+                progress(total.seen, 0 if stream else len(every))
+        if plan is not None and total.first_misfit:
             raise _misfit_error(opened.name, plan, total)
-        if not total.kept:
+        if plan is None or not total.kept:
             raise _nothing_usable(opened.name, total)
+        if isinstance(opened, Streamed):
+            opened = opened.whole()
         report = _report(opened, plan, total)
         labels = None if opened.labels is None else torch.from_numpy(np.asarray(opened.labels, np.int64)[total.kept])
         out.finish(
@@ -536,6 +547,10 @@ class _Tally:
         self.cropped += (right - left, lower - upper) != size
         self.resized += right - left != plan.resolution
         self.enlarged += right - left < plan.resolution
+
+    def moved(self, begin: int) -> _Tally:
+        """The same of images that follow after `begin` others."""
+        return dataclasses.replace(self, kept=[begin + place for place in self.kept]) if begin else self
 
     def add(self, later: _Tally) -> None:
         """Take in the counts of later images."""

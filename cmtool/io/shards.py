@@ -293,6 +293,13 @@ class Writer:
 
     def _begin_shard(self) -> None:
         self._end_shard()
+        free, needed = shutil.disk_usage(self._folder).free, self._shards[-1]["bytes"] if self._shards else 0
+        if free < needed:
+            raise DataError(
+                f"the next shard needs about {needed / 2**20:,.0f} MiB, and {self._target.parent} has "
+                f"{free / 2**20:,.0f} MiB left",
+                "make room, or name a folder on another disk",
+            )
         name = f"{len(self._shards):05d}.tar"
         self._tar = tarfile.open(self._folder / name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self._shards.append({"file": name, "count": 0, "bytes": 0})

@@ -7,8 +7,11 @@ import json
 import os
 import stat
 import zipfile
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ MAX_CLASSES = 100_000
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "arr_0", "data"), ("labels", "y", "arr_1")
 _LABELS_FILE = "dataset.json"
 _LABELS_HINT = 'the form is {"labels": [["folder/image.png", 0], ...]}, or null for no labels'
+_STREAMED = 1024  # rows of a stream at once
 _COPY_HINT = "copy or download it again"
 _PLACES_HINT = "name a folder, a zip, an .npz or .npy file, tar shards, a parquet file, or digits"
 _SAVE_HINT = "save it with numpy.save or numpy.savez as uint8"
@@ -321,6 +325,50 @@ def _from_table(source: str) -> Source:
     labels = table.labels
     names = table.class_names or (() if labels is None else _numbered_classes(labels, repr(source)))
     return Source(source, "table", table.names, table.open, labels, names, 0, True, True, fingerprint=table.fingerprint)
+
+
+class Streamed:
+    """A table that is read once, as sources of a few hundred rows.
+
+    Raises:
+        DataError: as `tables.Stream`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self._stream = name, tables.Stream(name)
+        self._labels = array("q")
+        self._count = 0
+
+    def parts(self) -> Iterator[Source]:
+        """One part after another; only the newest can be opened."""
+        rows = iter(self._stream)
+        while part := list(islice(rows, _STREAMED)):
+            labels = [row.label for row in part if row.label is not None] if self._stream.labelled else None
+            self._labels.extend(labels or ())
+            self._count += len(part)
+            yield self._source([row.name for row in part], partial(_open_row, part), labels)
+
+    def whole(self) -> Source:
+        """All that came, without the images."""
+        labels = np.frombuffer(self._labels, np.int64) if self._stream.labelled else None
+        return self._source(range(self._count), _gone, labels)  # type: ignore[arg-type]
+
+    def _source(self, names: Sequence[str], opener: Callable[[int], Image.Image], labels: Any) -> Source:
+        known = self._stream.class_names
+        if labels is not None and not known:
+            known = tuple(str(number) for number in range(max(self._labels, default=0) + 1))
+        return Source(self.name, "table", names, opener, labels, known)
+
+
+def _open_row(rows: Sequence[tables.Row], number: int) -> Image.Image:
+    row = rows[number]
+    if row.encoded is None:
+        raise UnreadableImageError(row.name, "an empty cell")
+    return open_encoded(row.encoded, row.name)
+
+
+def _gone(number: int) -> Image.Image:
+    raise AssertionError("the images of a stream are read once")
 
 
 # Arrays.

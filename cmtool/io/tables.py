@@ -7,10 +7,11 @@ be read and none is held in memory.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -89,6 +90,66 @@ class Table:
         return hashlib.sha256(np.int64(len(self)).tobytes() + sizes.tobytes()).hexdigest()[:16]
 
 
+class Row(NamedTuple):
+    """A row of a `Stream`."""
+
+    name: str
+    encoded: bytes | None  # None for a cell with nothing in it
+    label: int | None
+
+
+class Stream:
+    """The images of a table one after another, as they arrive: nothing is stored, and there is one way through.
+
+    Args:
+        name: as of a `Table`.
+    Raises:
+        DataError: as `Table`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        if not name.startswith(HUB) and not is_table(Path(name)):
+            raise DataError(f"{name!r} is no table, and only tables are streamed", "leave out --stream")
+        self._rows = _opened(name, stream=True)
+        features = self._rows.features
+        if features is None:  # the files do not say: the first row does
+            self._rows = self._rows._resolve_features()
+            features = self._rows.features
+        self._column = _image_column(features, name)
+        self._label = next((column for column in _LABELS if _is_label(features.get(column))), None)
+        self.labelled = self._label is not None
+        self.class_names = tuple(getattr(features[self._label], "names", None) or ()) if self._label else ()
+        if type(features[self._column]).__name__ == "Image":
+            self._rows = self._rows.cast_column(self._column, _undecoded())
+
+    def __iter__(self) -> Iterator[Row]:
+        try:
+            for number, row in enumerate(self._rows):
+                name = f"row {number:,} of {self.name}"
+                cell = row[self._column]
+                if isinstance(cell, dict):
+                    cell = cell.get("bytes") or (_from_file(cell["path"], name) if _is_file(cell.get("path")) else None)
+                label = None if self._label is None else int(row[self._label])
+                if label is not None and label < 0:
+                    raise DataError(f"{self.name!r} has rows without a label (-1)", "name a split that has labels")
+                yield Row(name, cell, label)
+        except (DataError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise _unreadable(self.name, error) from error
+
+
+def _undecoded() -> Any:
+    import datasets
+
+    return datasets.Image(decode=False)
+
+
+def _is_file(path: str | None) -> bool:
+    return bool(path) and os.path.isfile(path or "")
+
+
 class _Rows(Sequence[str]):
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -100,7 +161,7 @@ class _Rows(Sequence[str]):
         return self._table.row(number)
 
 
-def _opened(name: str) -> Any:
+def _opened(name: str, *, stream: bool = False) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -108,24 +169,35 @@ def _opened(name: str) -> Any:
             f"{name!r} is read with the package datasets, which is not installed", "pip install 'cmtool[hf]'"
         ) from error
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, by us
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return _first_part(_read(datasets, name), name)
+        return _first_part(_read(datasets, name, stream), name)
     except DataError:
         raise
     except Exception as error:  # of many kinds: arrow's, fsspec's, the hub's
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        hint = "check the name, and the connection" if name.startswith(HUB) else "copy or download it again"
-        raise DataError(f"cannot read {name!r}: {reason[:200]}", hint) from error
+        raise _unreadable(name, error) from error
 
 
-def _read(datasets: Any, name: str) -> Any:
+def _unreadable(name: str, error: Exception) -> DataError:
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    hint = "check the name, and the connection" if name.startswith(HUB) else "copy or download it again"
+    return DataError(f"cannot read {name!r}: {reason[:200]}", hint)
+
+
+def _read(datasets: Any, name: str, stream: bool) -> Any:
     if name.startswith(HUB):
         repository, _, split = name.removeprefix(HUB).partition(":")
-        return datasets.load_dataset(repository, split=split or "train")
+        return datasets.load_dataset(repository, split=split or "train", streaming=stream)
     path = Path(name)
-    if path.is_dir() and any((path / saved).is_file() for saved in _SAVED):
-        return datasets.load_from_disk(name)
+    saved = path.is_dir() and any((path / file).is_file() for file in _SAVED)
     files = _files(path) if path.is_dir() else [name]
+    if stream and not saved and all(file.lower().endswith(".parquet") for file in files):
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    if stream:  # arrow files are mapped from the disk: there is nothing to spare
+        return _first_part(_read(datasets, name, False), name).to_iterable_dataset()
+    if saved:
+        return datasets.load_from_disk(name)
     if all(file.lower().endswith(".arrow") for file in files):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
     return datasets.load_dataset("parquet", data_files=files, split="train")

@@ -214,6 +214,19 @@ class TestPack:
         shard.write_bytes(kept)
         assert cli("train", "--resume", tmp_path / "run").code == 0
 
+    def test_only_tables_are_streamed(self, cli, mixed, tmp_path):
+        cli("data", "pack", mixed, tmp_path / "out", "--stream").error(1, "only tables are streamed", "--stream")
+
+    def test_a_full_disk_is_told_before_it_is_full(self, cli, square, tmp_path, monkeypatch):
+        from cmtool.io import shards
+
+        usage = shards.shutil.disk_usage(tmp_path)._replace(free=100)
+        monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage)
+        pack = ("data", "pack", square, tmp_path / "out")
+        cli(*pack, "--shard-images", 3).error(1, "the next shard needs", "MiB left", "make room")
+        assert not list(tmp_path.glob(".out*"))
+        assert cli(*pack).code == 0  # a single shard: nobody knows what it takes
+
     def test_errors(self, cli, mixed, tmp_path):
         cli("data", "pack", mixed).error(2, "FOLDER")
         cli("data", "pack", mixed, tmp_path / "out").error(1, "one square size", "--resolution")

@@ -35,7 +35,7 @@ FLAGS = {
     "--device --precision --json",
     "data": "",
     "data inspect": "PATH --json",
-    "data pack": "PATH FOLDER --resolution --crop --resize --upscale --channels --shard-images --json",
+    "data pack": "PATH FOLDER --resolution --crop --resize --upscale --channels --shard-images --stream --json",
     "data preview": "PATH --count -n --out --resolution --crop --resize --upscale --channels --scale --json",
 }
 

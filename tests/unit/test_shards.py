@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cmtool.errors import DataError, UsageError
-from cmtool.io import shards, stored
+from cmtool.io import shards, sources, stored
 from cmtool.io.data import inspect_data, open_data, pack
 from cmtool.io.stored import StoredDataset
 from cmtool.training.trainer import Order
@@ -322,6 +322,69 @@ class TestTables:
         rows[1].to_parquet(tmp_path / "t.parquet")
         pack(tmp_path / "t.parquet", tmp_path / "packed")
         assert torch.equal(open_data(tmp_path / "packed").pictures, open_data(tmp_path / "t.parquet").pictures)
+
+    @pytest.mark.parametrize("form", ["parquet", "saved", "hub"])
+    def test_a_stream_is_packed_as_it_comes(self, tmp_path, rows, form, monkeypatch):
+        monkeypatch.setattr(sources, "_STREAMED", 2)
+        rows[1].to_parquet(tmp_path / "t.parquet")
+        rows[1].save_to_disk(tmp_path / "t")
+        place = {"parquet": tmp_path / "t.parquet", "saved": tmp_path / "t", "hub": "hf:some/pictures:test"}[form]
+        if form == "hub":
+            read = self.datasets.load_dataset
+
+            def load(name, *, split, streaming=False, data_files=None):
+                if name == "parquet":
+                    return read(name, data_files=data_files, split=split, streaming=streaming)
+                assert (name, split, streaming) == ("some/pictures", "test", True)
+                return read("parquet", data_files=[str(tmp_path / "t.parquet")], split="train", streaming=True)
+
+            monkeypatch.setattr(self.datasets, "load_dataset", load)
+        report = pack(place, tmp_path / "packed", stream=True, shard_images=2)
+        pack(tmp_path / "t.parquet", tmp_path / "other")
+        found, other = open_data(tmp_path / "packed"), open_data(tmp_path / "other")
+        assert torch.equal(found.pictures, other.pictures)
+        assert torch.equal(found.labels, other.labels)
+        assert found.class_names == other.class_names == ("cat", "dog")
+        assert found.fingerprint == other.fingerprint
+        assert (report.used, report.classes) == (5, {"cat": 2, "dog": 3})
+        if form == "parquet":
+            assert not list((tmp_path / "cache").rglob("*.arrow.incomplete"))
+
+    def test_a_stream_stores_nothing_but_the_shards(self, tmp_path, rows):
+        rows[1].to_parquet(tmp_path / "t.parquet")
+        pack(tmp_path / "t.parquet", tmp_path / "packed", stream=True)
+        assert not list((tmp_path / "cache").rglob("*.arrow"))
+        pack(tmp_path / "t.parquet", tmp_path / "other")
+        assert list((tmp_path / "cache").rglob("*.arrow"))
+
+    def test_streams_with_gaps(self, tmp_path, rows):
+        """Rows that are no images are dropped and counted; numbers are classes by themselves."""
+        cells = [encode(image) for image in rows[0]]
+        cells[1], cells[3] = b"", b"no picture"
+        self.datasets.Dataset.from_dict({"image": cells, "label": [3, 3, 1, 1, 0]}).to_parquet(tmp_path / "t.parquet")
+        report = pack(tmp_path / "t.parquet", tmp_path / "packed", stream=True)
+        assert (report.used, sum(report.dropped.values())) == (3, 2)
+        found = open_data(tmp_path / "packed")
+        assert found.labels.tolist() == [3, 1, 0]
+        assert found.class_names == ("0", "1", "2", "3")
+        assert torch.equal(found.pictures, torch.from_numpy(rows[0][[0, 2, 4]]).permute(0, 3, 1, 2))
+
+    def test_streams_that_are_none(self, tmp_path, rows):
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(DataError, match="only tables are streamed"):
+            pack(tmp_path / "folder", tmp_path / "packed", stream=True)
+        self.datasets.Dataset.from_dict({"image": [encode(rows[0][0])], "label": [-1]}).to_parquet(
+            tmp_path / "t.parquet"
+        )
+        with pytest.raises(DataError, match="without a label"):
+            pack(tmp_path / "t.parquet", tmp_path / "packed", stream=True)
+        (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing")
+        with pytest.raises(DataError, match="cannot read"):
+            pack(tmp_path / "broken.parquet", tmp_path / "packed", stream=True)
+        self.datasets.Dataset.from_dict({"image": [b"x"] * 3}).to_parquet(tmp_path / "bad.parquet")
+        with pytest.raises(DataError, match="can be read: not an image"):
+            pack(tmp_path / "bad.parquet", tmp_path / "packed", stream=True)
+        assert not (tmp_path / "packed").exists()
 
     def test_a_table_without_images(self, tmp_path, rows):
         rows[1].remove_columns("image").to_parquet(tmp_path / "t.parquet")
