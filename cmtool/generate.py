@@ -103,7 +103,7 @@ def generate(
     Raises:
         UsageError: a role without its sampler, steps or times that make no sense.
     """
-    _check_role(model, solver, landing)
+    check_role(model, solver, landing)
     model = guided(model, guidance)
     how = landing or ("next" if model.card.role == "flow_map" else "t_min")
     if solver == "ancestral" and churn is not None:
@@ -437,7 +437,12 @@ def _joined(parts: Iterable[Tensor], count: int) -> Tensor:
     return whole
 
 
-def _check_role(model: FlowMap, solver: str | None, landing: Landing | None) -> None:
+def check_role(model: FlowMap, solver: str | None, landing: Landing | None = None) -> None:
+    """Whether a model can be sampled in this way.
+
+    Raises:
+        UsageError: a denoiser without a solver, names that there are not.
+    """
     if solver is not None and solver not in (*SOLVERS, "ancestral"):
         raise UsageError(f"there is no solver {solver!r}", f"one of {', '.join((*SOLVERS, 'ancestral'))}")
     if landing not in (None, "t_min", "next"):

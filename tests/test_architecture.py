@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "times": FLOW,
     "sampler": FLOW | {"times"},
     "generate": FLOW | {"editing", "io", "networks", "rng", "sampler", "solvers", "times"},
-    "evaluation": FLOW | {"generate", "io", "processes"},
+    "evaluation": FLOW | {"compat", "generate", "io", "processes", "rng", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
     "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},
@@ -80,6 +80,7 @@ OWNERS = {
     "tensorboard": {"io"},
     "wandb": {"io"},
     "lpips": {"training"},
+    "torch_fidelity": {"evaluation"},
     "torchvision": {"training"},
 }
 STDLIB_AND_CORE = {*sys.stdlib_module_names, "cmtool", "torch", "numpy"}

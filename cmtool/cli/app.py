@@ -25,6 +25,7 @@ from cmtool.cli import (
     console,
     convert,
     data,
+    evaluate,
     fetch,
     info,
     inpaint,
@@ -32,6 +33,7 @@ from cmtool.cli import (
     pairs,
     presets,
     sample,
+    stats,
     superres,
     train,
 )
@@ -52,6 +54,8 @@ app.command("sample")(sample.sample)
 app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
+app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)
+app.command("stats", short_help="Write reference statistics of images.")(stats.stats)
 app.command("info")(info.info)
 app.command("convert", short_help="Write a model in another format, checked.")(convert.convert)
 app.command("average", short_help="List or write a run's averaged weights.")(average.average)
@@ -150,7 +154,7 @@ def _check_shared(argv: list[str]) -> None:
         )
 
 
-_SHARED = ("train", "distill", "sample")
+_SHARED = ("train", "distill", "sample", "evaluate", "stats")
 
 
 def _is_told(error: Exception, message: str) -> bool:

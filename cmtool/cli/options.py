@@ -151,6 +151,25 @@ def parse_micro_batch(text: str) -> int | None:
     return int(text)
 
 
+def parse_names(text: str, option: str) -> list[str]:
+    """Comma-separated words, each once."""
+    return list(dict.fromkeys(_parts(text, option, "separate the names by commas")))
+
+
+def parse_steps(text: str) -> list[int | None]:
+    """Comma-separated numbers of steps, each at least 1.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found: list[int | None] = []
+    for part in _parts(text, "--steps", "for example --steps 1,2,4"):
+        if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) < 1:
+            raise UsageError(f"--steps {text}: {part!r} is no number of steps", "for example --steps 1,2,4")
+        found.append(int(part))
+    return list(dict.fromkeys(found))
+
+
 def parse_trackers(text: str) -> tuple[str, ...]:
     """Comma-separated names of trackers.
 

@@ -6,23 +6,41 @@ published, and are never called FID.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+import hashlib
+import warnings
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cmtool.compat import repair_torchvision
+from cmtool.errors import DataError, DependencyError
+
 _BATCH = 256
+
+
+class Extracted(NamedTuple):
+    """What is known of some images: their vectors [B, D], and of a classifier's its logits [B, classes]; float32."""
+
+    vectors: Tensor
+    logits: Tensor | None = None
 
 
 class Features(Protocol):
     """A feature extractor."""
 
     name: str
+    batch: int  # images at once
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images [B, C, H, W] as float32 vectors [B, D] on the CPU; each by itself, whatever else is there."""
+    @property
+    def about(self) -> dict[str, str]:
+        """What identifies it, and what it does to the size of an image."""
+        ...
+
+    def __call__(self, images: Tensor) -> Extracted:
+        """Of uint8 images [B, C, H, W], on the CPU; of each by itself, whatever else is there."""
         ...
 
 
@@ -39,6 +57,7 @@ class RandomFeatures:
     """
 
     name = "random"
+    batch = _BATCH
 
     def __init__(self, channels: int = 3, width: int = 24, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -49,15 +68,24 @@ class RandomFeatures:
             weight -= weight.mean((2, 3), keepdim=True) * (torch.arange(width) % 4 > 0)[:, None, None, None]
             self._filters.append((weight / weight.flatten(1).norm(dim=1)[:, None, None, None]).float())
 
+    @property
+    def about(self) -> dict[str, str]:
+        digest = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in self._filters)).hexdigest()
+        return {"features": self.name, "sha256": digest, "resize": "none"}
+
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Extracted:
         """See `Features`.
 
         Raises:
-            ValueError: for images with another number of channels, or smaller than 8x8.
+            DataError: for images with another number of channels, or smaller than 8x8.
         """
         if images.shape[1] != self.channels or min(images.shape[2:]) < 8:
-            raise ValueError(f"expected images [B, {self.channels}, >= 8, >= 8], found {list(images.shape)}")
+            found = "x".join(map(str, images.shape[1:]))
+            raise DataError(
+                f"random features are of images of {self.channels} channels and at least 8x8, found {found}",
+                "use larger images, or other --features",
+            )
         x = images.float().cpu() / 127.5 - 1
         parts = []
         for _ in range(2):
@@ -69,16 +97,137 @@ class RandomFeatures:
                 if min(response.shape[2:]) < 2:
                     break
             x = F.avg_pool2d(x, 2)
-        return torch.cat(parts, dim=1)
+        return Extracted(torch.cat(parts, dim=1))
 
 
-def extract(features: Features, batches: Iterable[Tensor]) -> Tensor:
-    """The vectors of uint8 images that come in batches, float32 [N, D]."""
-    made = [features(part) for batch in batches for part in _parts(batch)]
+class Inception:
+    """The Inception network of 2015 that FID is defined by, as torch-fidelity has it: its pool3 layer and its logits.
+
+    Images are enlarged to 299x299 as TensorFlow did.
+
+    Args:
+        weights: torch-fidelity's file, see `cmtool.io.extractors.find_inception`. sha256: of the file.
+    Raises:
+        DependencyError: without torch-fidelity.
+    """
+
+    name = "inception"
+    batch = 32
+
+    def __init__(self, weights: str, sha256: str, device: torch.device | str = "cpu") -> None:
+        fidelity = _torch_fidelity("feature_extractor_inceptionv3")
+        self._sha256, self._device = sha256, torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = fidelity.FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
+            )
+        self._network = made.to(self._device)
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"features": self.name, "sha256": self._sha256, "resize": "bilinear to 299x299, as TensorFlow 1"}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Extracted:
+        vectors, logits = self._network(_rgb(images).to(self._device))
+        return Extracted(vectors.float().cpu(), logits.float().cpu())
+
+
+class DINOv2:
+    """DINOv2 ViT-L/14 as torch-fidelity has it, for FD-DINOv2: Stein et al. (2023), arXiv:2306.04675.
+
+    Args:
+        sha256: of the weights in torch.hub's folder, see `cmtool.io.extractors.find_dinov2`.
+    Raises:
+        DependencyError: without torch-fidelity.
+    """
+
+    name = "dinov2"
+    batch = 32
+
+    def __init__(self, sha256: str, device: torch.device | str = "cpu") -> None:
+        fidelity = _torch_fidelity("feature_extractor_dinov2")
+        self._sha256, self._device = sha256, torch.device(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = fidelity.FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
+        self._network = made.to(self._device)
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"features": self.name, "sha256": self._sha256, "resize": "bilinear to 224x224, as TensorFlow 1"}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Extracted:
+        (vectors,) = self._network(_rgb(images).to(self._device))
+        return Extracted(vectors.float().cpu())
+
+
+class Exported:
+    """A network exported as TorchScript or by torch.export: uint8 [B, C, H, W] in, [B, D] or [B, D, h, w] out.
+
+    Args:
+        module: what was read, see `cmtool.io.extractors.read_extractor`. sha256: of the file. name: of the file.
+    """
+
+    batch = 64
+
+    def __init__(self, module: torch.nn.Module, sha256: str, name: str, device: torch.device | str = "cpu") -> None:
+        self.name = name
+        self._sha256, self._device = sha256, torch.device(device)
+        self._network = module.to(self._device)
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"features": self.name, "sha256": self._sha256, "resize": "its own"}
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Extracted:
+        """See `Features`.
+
+        Raises:
+            DataError: for a network that takes no such images, or makes something else of them.
+        """
+        try:
+            made: Any = self._network(images.to(self._device))
+        except Exception as error:  # of a foreign program
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise DataError(
+                f"the features {self.name} cannot be computed of images {list(images.shape)}: {reason[:160]}",
+                "export a network that takes uint8 images of this size, in any number",
+            ) from error
+        made = made[0] if isinstance(made, tuple | list) else made
+        if not isinstance(made, Tensor) or made.ndim not in (2, 4) or len(made) != len(images):
+            raise DataError(f"the features {self.name} are no vectors", "export a network that returns [B, D]")
+        return Extracted((made.mean((2, 3)) if made.ndim == 4 else made).float().cpu())
+
+
+def extract(features: Features, batches: Iterable[Tensor]) -> Extracted:
+    """Of uint8 images that come in batches.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    made = [features(part) for batch in batches for part in batch.split(features.batch)]
     if not made:
         raise ValueError("there are no images")
-    return torch.cat(made)
+    logits = [one.logits for one in made if one.logits is not None]
+    return Extracted(torch.cat([one.vectors for one in made]), torch.cat(logits) if logits else None)
 
 
-def _parts(images: Tensor) -> Iterator[Tensor]:
-    yield from images.split(_BATCH)
+def _rgb(images: Tensor) -> Tensor:
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+
+
+def _torch_fidelity(module: str) -> Any:
+    import importlib
+
+    repair_torchvision()
+    try:
+        return importlib.import_module(f"torch_fidelity.{module}")
+    except ImportError as error:
+        raise DependencyError(
+            "FID, KID and the Inception score need the package torch-fidelity, which cannot be imported",
+            "pip install 'cmtool[evaluate]', or use --features random",
+        ) from error

@@ -63,7 +63,11 @@ class Proxy:
         seeds = range(self._count(model))
         own = self.processes.share(len(seeds))
         features = RandomFeatures(model.card.channels)
-        made = extract(features, _uint8(model, seeds[own], self._labels(model, seeds))) if len(seeds[own]) else None
+        made = (
+            extract(features, _uint8(model, seeds[own], self._labels(model, seeds))).vectors
+            if len(seeds[own])
+            else None
+        )
         parts = [part for part in self.processes.gathered(made) if part is not None]
         found = 0.0
         if self.processes.first:
@@ -84,7 +88,7 @@ class Proxy:
     def _data(self, features: RandomFeatures) -> Statistics:
         if self._reference is None:
             chosen = _spread(len(self.data), min(_REFERENCE, len(self.data)))
-            self._reference = statistics(extract(features, (self._pictures(part) for part in chosen.split(256))))
+            self._reference = statistics(extract(features, map(self._pictures, chosen.split(256))).vectors)
         return self._reference
 
     def _pictures(self, indices: Tensor) -> Tensor:

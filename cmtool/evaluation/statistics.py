@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_ROWS = 4096  # vectors in float64 at once
+
 
 class Statistics(NamedTuple):
     """A set of vectors as a Gaussian."""
@@ -24,10 +26,12 @@ def statistics(vectors: Tensor) -> Statistics:
     """
     if len(vectors) < 2:
         raise ValueError(f"a covariance takes at least 2 vectors, found {len(vectors)}")
-    x = vectors.double()
-    mean = x.mean(0)
-    x = x - mean
-    return Statistics(mean, x.T @ x / (len(x) - 1), len(x))
+    mean = torch.stack([part.double().sum(0) for part in vectors.split(_ROWS)]).sum(0) / len(vectors)
+    covariance = torch.zeros(2 * mean.shape, dtype=torch.float64)
+    for part in vectors.split(_ROWS):
+        centred = part.double() - mean
+        covariance.addmm_(centred.T, centred)
+    return Statistics(mean, covariance / (len(vectors) - 1), len(vectors))
 
 
 def frechet(one: Statistics, other: Statistics) -> float:

@@ -401,6 +401,8 @@ class Machine:
             made.state = state
         elif isinstance(made, _Number):
             made.order(state)
+        elif isinstance(made, Array):
+            made.fill(self.source, state)
         elif not isinstance(made, (dict, _Inert)):
             raise TypeError("this has no attributes")
 
@@ -429,7 +431,26 @@ class Storage:
 
 
 class _Inert:
-    """Something that is read over: an array, a method."""
+    """Something that is read over: a method, an array in an old form."""
+
+
+class Array:
+    """An array of numpy's; `values` are its numbers where they are floating point, float32 or float64."""
+
+    values: Tensor | None = None
+
+    def fill(self, source: Source, state: Any) -> None:
+        """Take in what numpy wrote of the array: version, shape, type, order, bytes."""
+        _, shape, kind, by_columns, data = state
+        types = {"<f": torch.float32, "<d": torch.float64}
+        if not isinstance(kind, _Number) or kind.format not in types or not isinstance(data, Bytes):
+            return
+        dtype = types[kind.format]
+        sizes = [_size(side) for side in shape]
+        if len(sizes) > MAX_DIMENSIONS or math.prod(sizes) * dtype.itemsize != data.length:
+            raise ValueError("the array has another size than its numbers")
+        flat = source.numbers(data.start, math.prod(sizes), dtype)
+        self.values = flat.reshape(sizes[::-1]).permute(*range(len(sizes))[::-1]) if by_columns else flat.reshape(sizes)
 
 
 @dataclass(eq=False)
@@ -533,6 +554,10 @@ def _inert(machine: Machine, *_: Any) -> _Inert:
     return _Inert()
 
 
+def _array(machine: Machine, *_: Any) -> Array:
+    return Array()
+
+
 def _first(machine: Machine, value: Any, *_: Any) -> Any:
     return value
 
@@ -558,7 +583,7 @@ SERVED: dict[tuple[str, str], Served] = {
         for core in ("core", "_core")
         for module, name, call in (
             ("multiarray", "scalar", _scalar),
-            ("multiarray", "_reconstruct", _inert),
+            ("multiarray", "_reconstruct", _array),
             ("numeric", "_frombuffer", _inert),
         )
     },

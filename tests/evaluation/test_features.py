@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cmtool.errors import DataError
 from cmtool.evaluation.features import RandomFeatures, extract
 from cmtool.evaluation.proxy import Proxy
 from cmtool.evaluation.statistics import frechet, statistics
@@ -24,28 +25,27 @@ def pictures(count=64, size=16, channels=3, seed=0):
 @pytest.mark.parametrize(("channels", "size"), [(3, 8), (3, 33), (1, 16)])
 def test_an_image_by_itself_is_as_in_a_batch(channels, size):
     images, features = pictures(5, size, channels), RandomFeatures(channels)
-    whole = features(images)
-    alone = torch.cat([features(image[None]) for image in images])
+    whole = features(images).vectors
+    alone = torch.cat([features(image[None]).vectors for image in images])
     assert whole == pytest.approx(alone, rel=1e-5, abs=1e-6)
-    assert torch.equal(
-        extract(features, [images[:2], images[2:]]), torch.cat([features(images[:2]), features(images[2:])])
-    )
+    parts = extract(features, [images[:2], images[2:]])
+    assert torch.equal(parts.vectors, torch.cat([features(images[:2]).vectors, features(images[2:]).vectors]))
 
 
 def test_every_number_tells_images_apart():
-    made = RandomFeatures()(pictures(64, 32))
+    made = RandomFeatures()(pictures(64, 32)).vectors
     assert made.shape == (64, 576)
     assert float(made.std(0).min()) > 1e-3
 
 
 def test_a_distance_grows_with_what_is_done_to_the_images():
     images, features = pictures(256, 16), RandomFeatures()
-    reference = statistics(features(pictures(256, 16, seed=1)))
+    reference = statistics(features(pictures(256, 16, seed=1)).vectors)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
 
     def distance(amount):
         noisy = (images.float() + amount * noise).clamp(0, 255).round().to(torch.uint8)
-        return frechet(statistics(features(noisy)), reference)
+        return frechet(statistics(features(noisy).vectors), reference)
 
     found = [distance(amount) for amount in (0, 15, 40, 80)]
     assert found == sorted(found)
@@ -53,9 +53,9 @@ def test_a_distance_grows_with_what_is_done_to_the_images():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="expected images"):
+    with pytest.raises(DataError, match="random features are of images"):
         RandomFeatures(3)(pictures(2, 16, 1))
-    with pytest.raises(ValueError, match="expected images"):
+    with pytest.raises(DataError, match="random features are of images"):
         RandomFeatures(3)(pictures(2, 4))
     with pytest.raises(ValueError, match="no images"):
         extract(RandomFeatures(), [])
