@@ -33,6 +33,7 @@ from cmtool.cli import (
     pairs,
     presets,
     sample,
+    search,
     stats,
     superres,
     train,
@@ -55,6 +56,7 @@ app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)
+app.command("search", short_help="Search for the times of a few network calls.")(search.search)
 app.command("stats", short_help="Write reference statistics of images.")(stats.stats)
 app.command("info")(info.info)
 app.command("convert", short_help="Write a model in another format, checked.")(convert.convert)
@@ -154,7 +156,7 @@ def _check_shared(argv: list[str]) -> None:
         )
 
 
-_SHARED = ("train", "distill", "sample", "evaluate", "stats")
+_SHARED = ("train", "distill", "sample", "evaluate", "stats", "search")
 
 
 def _is_told(error: Exception, message: str) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +70,36 @@ def save(model: FlowMap, target: str | os.PathLike[str], *, dtype: torch.dtype |
         "cmtool.version": __version__,
         "cmtool.model": json.dumps(described),
     }
-    data = safetensors.torch.save(tensors, metadata)
+    _write(Path(target), safetensors.torch.save(tensors, metadata))
+
+
+def _write(target: Path, data: bytes) -> None:
     try:
-        write_atomic(Path(target), lambda file: file.write(data))
+        write_atomic(target, lambda file: file.write(data))
     except OSError as error:
         raise CheckpointError(
             f"cannot write {target}: {error.strerror or error}", "check the folder and its free space"
         ) from error
+
+
+def set_times(source: str | os.PathLike[str], times: Mapping[str, Sequence[float]]) -> Path:
+    """Recommend times for numbers of network calls in a model file; its weights stay bit for bit. The file.
+
+    Raises:
+        CheckpointError: for anything that is not a complete cmtool model file, or cannot be written.
+    """
+    import safetensors
+    import safetensors.torch
+
+    path = locate(source)
+    header(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+    described = json.loads(metadata["cmtool.model"])
+    described["card"]["times"] = {**described["card"].get("times", {}), **{n: list(t) for n, t in times.items()}}
+    _write(path, safetensors.torch.save(tensors, {**metadata, "cmtool.model": json.dumps(described)}))
+    return path
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
