@@ -44,8 +44,10 @@ MAY_IMPORT = {
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
     "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},
+    "reporting": set(),
     "cli": FLOW
     | {
+        "reporting",
         "benchmark",
         "editing",
         "evaluation",

@@ -32,6 +32,7 @@ from cmtool.cli import (
     models,
     pairs,
     presets,
+    report,
     sample,
     search,
     stats,
@@ -58,6 +59,7 @@ app.command("superres")(superres.superres)
 app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)
 app.command("search", short_help="Search for the times of a few network calls.")(search.search)
 app.command("stats", short_help="Write reference statistics of images.")(stats.stats)
+app.command("report", short_help="Write a page about runs.")(report.report)
 app.command("info")(info.info)
 app.command("convert", short_help="Write a model in another format, checked.")(convert.convert)
 app.command("average", short_help="List or write a run's averaged weights.")(average.average)

@@ -402,6 +402,39 @@ def _storage(model: FlowMap) -> torch.dtype | None:
     return torch.float16 if largest <= torch.finfo(torch.float16).max else None
 
 
+def read_report(
+    folder: Path,
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[tuple[int, bytes]], list[dict[str, Any]]]:
+    """Config, lines of metrics, sample grids by step, and results of evaluations in a run's folder.
+
+    Raises:
+        CheckpointError: if it is no run.
+    """
+    config = read_config(folder / "config.json")
+    grids = sorted((folder / "samples").glob("*.png"))
+    results = [found for file in sorted(folder.glob("*.json")) if (found := _result(file)) is not None]
+    return config, _lines(folder / "metrics.jsonl"), [(int(f.stem), f.read_bytes()) for f in grids], results
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; the last may be in the making."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and "step" in line]
+
+
+def _result(file: Path) -> dict[str, Any] | None:
+    """What `cmtool evaluate` wrote; None for any other file."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    known = isinstance(found, dict) and "computed" in found and isinstance(found.get("results"), list)
+    return found if known else None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json as plain values.
 
