@@ -26,7 +26,7 @@ def chart(
     """An SVG of lines over common axes.
 
     Args:
-        title: said to those who do not see the chart, too. x, y: what the axes are.
+        title: above the chart. x, y: what the axes are.
         log_x, log_y: logarithmic axes; points that are not positive are left out.
         dots: mark the points.
     """
@@ -39,7 +39,7 @@ def chart(
         return f'<p class="none">{escape(title)}: nothing to draw.</p>'
     across = _Axis([a for line in drawn for a, _ in line.points], log_x, _LEFT, WIDTH - _RIGHT)
     up = _Axis([b for line in drawn for _, b in line.points], log_y, HEIGHT - _BOTTOM, _TOP)
-    parts = [f"<title>{escape(title)}</title>"]
+    parts: list[str] = []
     for value, place in up.ticks(5):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{_number(value)}</text>')
@@ -60,8 +60,8 @@ def chart(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>{escape(line.name)}</span>'
         for index, line in enumerate(drawn)
     )
-    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
-    return f"<figure>{picture}<figcaption>{legend}</figcaption></figure>"
+    picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    return f"<figure><h3>{escape(title)}</h3>{picture}<figcaption>{legend}</figcaption></figure>"
 
 
 def _drawable(value: float, logarithmic: bool) -> bool:
@@ -85,16 +85,22 @@ class _Axis:
 
     def ticks(self, most: int) -> list[tuple[float, float]]:
         """Round numbers and their places."""
-        step = _round_step((self.high - self.low) / most)
-        if self.logarithmic and self.high - self.low > 1:
-            step = max(1.0, math.ceil((self.high - self.low) / most))
-        found = []
-        number = math.ceil(self.low / step)
-        while number * step <= self.high:
-            value = 10 ** (number * step) if self.logarithmic else number * step
-            found.append((value, self.place(value)))
-            number += 1
-        return found
+        values = self._decades(most) if self.logarithmic else _multiples(self.low, self.high, most)
+        return [(value, self.place(value)) for value in values]
+
+    def _decades(self, most: int) -> list[float]:
+        """Powers of ten; over a short range 1, 2 and 5 times them, or round numbers if that is too few."""
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        every = max(1, math.ceil((self.high - self.low) / most))
+        factors = (1, 2, 5) if self.high - self.low < most / 2.5 else (1,)
+        found = [10.0**decade * factor for decade in decades if decade % every == 0 for factor in factors]
+        found = [value for value in found if self.low <= math.log10(value) <= self.high]
+        return found if len(found) > 1 else _multiples(10**self.low, 10**self.high, most)
+
+
+def _multiples(low: float, high: float, most: int) -> list[float]:
+    step = _round_step((high - low) / most)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _round_step(raw: float) -> float:

@@ -28,9 +28,10 @@ figcaption i { display: inline-block; width: .8rem; height: .8rem; margin-right:
 .grids img { width: 100%; height: auto; image-rendering: pixelated; display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .3rem .7rem; border-bottom: 1px solid #e4e4e4; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 details { margin: .5rem 0; } pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; font-size: .8rem; }
 .none { color: #666; }
+@media (max-width: 600px) { body { padding: .7rem; } svg text { font-size: 19px; } }
 """
 
 
