@@ -18,10 +18,14 @@ def colorize(request: editing.Request) -> None:
 
     def read(card: ModelCard) -> editing.Edit:
         from cmtool import generate
-        from cmtool.io.images import from_uint8, read_image
+        from cmtool.editing import Luma
+        from cmtool.io.images import from_uint8, read_image, to_uint8
 
         known = read_image(request.image, 3)
         editing.check_size(card, known, request.image)
-        return partial(generate.colorize, images=from_uint8(known)[None])
+        images, op = from_uint8(known)[None], Luma()
+        luma = op.A(images)
+        shown = to_uint8(luma[0].expand(3, -1, -1))
+        return editing.Edit(partial(generate.colorize, images=images), shown, op, luma)
 
     editing.run("colorize", request, read)

@@ -15,6 +15,8 @@ from cmtool.errors import DataError, UsageError
 if TYPE_CHECKING:
     from cmtool.flow.flow_map import ModelCard
 
+_HOLE = 128  # level of what is to be made new, in pictures
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request(editing.Request):
@@ -36,6 +38,7 @@ def inpaint(request: Request) -> None:
 
     def read(card: ModelCard) -> editing.Edit:
         from cmtool import generate
+        from cmtool.editing import Mask
         from cmtool.io.images import from_uint8, read_image, read_image_with_mask, read_mask
 
         if mask is not None:
@@ -51,6 +54,8 @@ def inpaint(request: Request) -> None:
             raise DataError(f"--mask {mask} is {sizes[0]}, --image {image} is {sizes[1]}", "give masks of equal size")
         if not hole.any():
             console.note("the mask is empty: the image stays as it is (white means new; see --invert-mask)")
-        return partial(generate.inpaint, images=from_uint8(known)[None], masks=hole)
+        images, op = from_uint8(known)[None], Mask(hole[None])
+        shown = known.masked_fill(hole, _HOLE)
+        return editing.Edit(partial(generate.inpaint, images=images, masks=hole), shown, op, op.A(images))
 
     editing.run("inpaint", request, read)

@@ -28,10 +28,13 @@ def superres(request: Request) -> None:
 
     def read(card: ModelCard) -> editing.Edit:
         from cmtool import generate
+        from cmtool.editing import AvgPool
         from cmtool.io.images import from_uint8, read_image
 
         known = read_image(request.image, card.channels)
         editing.check_size(card, known, request.image, request.factor)
-        return partial(generate.superres, images=from_uint8(known)[None], factor=request.factor)
+        images = from_uint8(known)[None]
+        call = partial(generate.superres, images=images, factor=request.factor)
+        return editing.Edit(call, known, AvgPool(request.factor), images)
 
     editing.run("superres", request, read)

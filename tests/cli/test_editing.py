@@ -205,3 +205,61 @@ def test_a_teacher_cannot_edit(cli, teacher, inputs, monkeypatch, argv):
     monkeypatch.chdir(inputs)
     result = cli(*argv, "--image", "image.png", "--model", teacher, "--out", "out.png")
     result.error(1, "is a denoiser", "consistency model is needed", "cmtool distill")
+
+
+EDITS = {
+    "inpaint": ("--image", "image.png", "--mask", "mask.png"),
+    "colorize": ("--image", "image.png"),
+    "superres": ("--image", "small.png", "--factor", "2"),
+}
+
+
+@pytest.mark.parametrize("task", EDITS)
+def test_answers_are_compared_with_the_truth(cli, student, inputs, picture, task):
+    small = picture.reshape(4, 2, 4, 2, 3).mean((1, 3)).round()
+    (inputs / "small.png").write_bytes(png(small))
+    options = [str(inputs / word) if word.endswith(".png") else word for word in EDITS[task]]
+    ask = (task, "--model", student, *options, "--seeds", "0-2", "--out", inputs / "out")
+    ask = (*ask, "--truth", inputs / "image.png", "--compare", inputs / "all.png")
+    result = cli(*ask)
+    assert result.code == 0, result.stderr
+    assert next(line for line in result.stderr.splitlines() if line.startswith("seed ")).startswith("seed 0: psnr ")
+    told = json.loads(cli(*ask, "--json").stdout)["images"]
+    for entry in told:
+        made = read(entry["path"])
+        error = ((made - picture) ** 2).mean()
+        assert entry["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+        assert 0 < entry["ssim"] < 1
+        if task == "inpaint":
+            assert entry["constraint_error"] == 0
+        elif task == "colorize":
+            assert entry["constraint_error"] == pytest.approx(np.abs((made - picture) @ LUMA).max(), abs=2e-3)
+        else:
+            means = made.reshape(4, 2, 4, 2, 3).mean((1, 3))
+            assert entry["constraint_error"] == pytest.approx(np.abs(means - small).max(), abs=2e-3)
+        assert entry["constraint_error"] <= 0.75  # an image is rounded, and means of rounded pixels are not
+    height, width, _ = read(inputs / "all.png").shape
+    assert height > 3 * 96
+    assert width > 3 * 96
+
+
+def test_the_truth_itself_has_no_error(cli, student, inputs):
+    """Where nothing is made new."""
+    (inputs / "black.png").write_bytes(png(np.zeros((8, 8))))
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "black.png")
+    told = json.loads(cli(*ask, "--out", inputs / "o.png", "--truth", inputs / "image.png", "--json").stdout)
+    assert told["images"][0] | {"path": ""} == {
+        **{"path": "", "seed": 0, "label": told["images"][0]["label"]},
+        **{"constraint_error": 0, "psnr": None, "ssim": 1.0},
+    }
+
+
+def test_what_cannot_be_compared(cli, student, inputs):
+    (inputs / "large.png").write_bytes(png(np.zeros((9, 9, 3))))
+    ask = ("colorize", "--model", student, "--image", inputs / "image.png", "--out", inputs / "o.png")
+    cli(*ask, "--truth", inputs / "large.png").error(1, "--truth", "is 9x9", "makes 8x8")
+    cli(*ask, "--truth", inputs / "none.png").error(1, "none.png")
+    cli(*ask, "--truth", "-").error(2, "--truth -")
+    cli(*ask, "--compare", inputs / "all.txt").error(2, "cannot be written")
+    cli(*ask, "--compare", "-", "--json").error(2, "stdout takes one result")
+    assert not (inputs / "o.png").exists()
