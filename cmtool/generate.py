@@ -17,6 +17,7 @@ from cmtool import networks, rng
 from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
 from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap, guided
+from cmtool.flow.tiled import tiled
 from cmtool.io import machine
 from cmtool.sampler import Landing, check_times, default_times
 from cmtool.sampler import sample as run_sampler
@@ -346,7 +347,8 @@ def edit(
 ) -> Tensor:
     """Zero-shot editing with any linear operator, of all images at once.
 
-    Algorithm 4 of Song et al. (2023), arXiv:2303.01469.
+    Algorithm 4 of Song et al. (2023), arXiv:2303.01469. An image larger than the model's is made of overlapping tiles
+    that agree, see `cmtool.flow.tiled`; what is known still holds exactly, for it is imposed on the whole.
 
     Args:
         model: a consistency model.
@@ -366,15 +368,17 @@ def edit(
     seeds = _seeds(seeds, len(known))
     known = known.detach().to(model.device)
     filled = op.pinv(known)
-    if tuple(filled.shape[1:]) != model.card.image_shape:
+    card, shape = model.card, tuple(filled.shape[1:])
+    if shape[0] != card.channels or min(shape[1:]) < card.resolution:
         raise DataError(
-            f"the result would be {_size(filled)} with {filled.shape[1]} channels, the model makes "
-            f"{model.card.resolution}x{model.card.resolution} with {model.card.channels}",
-            "give an image of the size this model needs",
+            f"the result would be {_size(filled)} with {shape[0]} channels, the model makes "
+            f"{card.resolution}x{card.resolution} with {card.channels}",
+            "give an image of at least the size this model makes",
         )
+    model = tiled(model, *shape[1:])
     points = edit_times(model, steps) if times is None else _times(model, times)
     classes = labels_for(model, seeds, labels)
-    noise = _noise(seeds, model)
+    noise = _noise(seeds, model, shape)
     wanted = None if classes is None else classes.to(model.device)
     t_min, t_max = points.new_tensor(model.path.t_min), points[0]
     start = model.path.diffuse(filled.expand(len(seeds), -1, -1, -1), t_min, t_max, noise(0))
@@ -499,8 +503,8 @@ def _noise_at_the_end(model: FlowMap) -> bool:
     return float(model.path.sigma(torch.tensor(model.path.t_min, dtype=torch.float64))) > 0
 
 
-def _noise(seeds: list[int], model: FlowMap) -> Callable[[int], Tensor]:
-    return lambda stream: rng.noise(seeds, model.card.image_shape, stream).to(model.device)
+def _noise(seeds: list[int], model: FlowMap, shape: tuple[int, ...] | None = None) -> Callable[[int], Tensor]:
+    return lambda stream: rng.noise(seeds, shape or model.card.image_shape, stream).to(model.device)
 
 
 def _start(model: FlowMap, points: Tensor, noise: Callable[[int], Tensor]) -> Tensor:

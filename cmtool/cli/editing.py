@@ -90,12 +90,19 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     imported = images.read_model(request.model, role="consistency")
     card = imported.card
     edit = read(card)
+    height, width = edit.op.pinv(edit.known).shape[-2:]
     truth = None
     if request.truth is not None:
         truth = read_image(request.truth, card.channels)
-        check_size(card, truth, request.truth, option="--truth")
+        if truth.shape[-2:] != (height, width):
+            raise DataError(
+                f"--truth {request.truth} is {truth.shape[-1]}x{truth.shape[-2]}; the result is {width}x{height}",
+                "name the image of that size",
+            )
     named = request.labels
     labels = None if named is None else options.parse_labels(named, card.num_classes, card.class_names)
+    if max(height, width) > card.resolution:
+        console.note(f"the result is {width}x{height}, made of tiles of {card.resolution}x{card.resolution}")
     model = images.ready(imported, device=request.device, precision=request.precision)
 
     def make(at: slice) -> Generated:
@@ -136,22 +143,22 @@ def _compare(target: str, edit: Edit, truth: Tensor | None, answers: list[Tensor
 
     from cmtool.io.images import captioned_rows, write_image
 
-    side = answers[0].shape[-1]
-    grown = side // edit.shown.shape[-1]
+    height, width = answers[0].shape[-2:]
+    grown = width // edit.shown.shape[-1]
     shown = edit.shown.repeat_interleave(grown, -2).repeat_interleave(grown, -1)
     rows = [("truth", truth[None])] if truth is not None else []
     rows += [("known", shown[None]), ("answers", torch.stack(answers))]
-    write_image(target, captioned_rows(rows, columns=min(8, len(seeds)), scale=max(1, 96 // side)))
+    write_image(target, captioned_rows(rows, columns=min(8, len(seeds)), scale=max(1, 96 // min(height, width))))
 
 
-def check_size(card: ModelCard, image: Tensor, name: str, factor: int = 1, *, option: str = "--image") -> None:
-    """Refuse an image that, enlarged `factor` times, is not of the model's size."""
+def check_size(card: ModelCard, image: Tensor, name: str, factor: int = 1) -> None:
+    """Refuse an image that, enlarged `factor` times, is smaller than the model's."""
     side = card.resolution
     height, width = image.shape[-2:]
-    if (height * factor, width * factor) == (side, side):
+    if min(height, width) * factor >= side:
         return
     grown = f" and becomes {width * factor}x{height * factor} by --factor {factor}" if factor > 1 else ""
     hint = f"give an image of {side // factor}x{side // factor}"
     if side % factor:
         hint = f"{side} is no multiple of {factor}: choose another --factor"
-    raise DataError(f"{option} {name} is {width}x{height}{grown}; the model makes {side}x{side}", hint)
+    raise DataError(f"--image {name} is {width}x{height}{grown}; the model makes {side}x{side}", hint)

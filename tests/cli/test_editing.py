@@ -137,16 +137,17 @@ def test_superres_keeps_the_block_means(cli, student, inputs):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["inpaint", "--image", "large.png", "--mask", "mask.png"], ["large.png is 16x12", "8x8"]),
+        (["inpaint", "--image", "large.png", "--mask", "mask.png"], ["mask.png is 8x8", "large.png is 16x12"]),
+        (["inpaint", "--image", "tiny.png", "--mask", "mask.png"], ["tiny.png is 3x2", "8x8"]),
         (["inpaint", "--image", "image.png", "--mask", "large.png"], ["large.png is 16x12", "image.png is 8x8"]),
         (["inpaint", "--image", "-", "--mask", "-"], ["one pipe"]),
         (["inpaint", "--image", "nowhere.png", "--mask", "mask.png"], ["nowhere.png"]),
         (["inpaint", "--image", "broken.png", "--mask", "mask.png"], ["broken.png"]),
         (["inpaint", "--image", "image.png", "--mask", "broken.png"], ["broken.png"]),
         (["inpaint", "--image", "-", "--mask", "mask.png"], ["standard input"]),
-        (["colorize", "--image", "large.png"], ["16x12", "8x8"]),
-        (["superres", "--image", "image.png", "--factor", "2"], ["16x16", "--factor 2", "8x8", "4x4"]),
-        (["superres", "--image", "image.png", "--factor", "3"], ["24x24", "no multiple of 3"]),
+        (["colorize", "--image", "tiny.png"], ["3x2", "8x8"]),
+        (["superres", "--image", "tiny.png", "--factor", "2"], ["6x4", "--factor 2", "8x8", "4x4"]),
+        (["superres", "--image", "tiny.png", "--factor", "3"], ["9x6", "no multiple of 3"]),
         (["superres", "--image", "image.png", "--factor", "1"], ["--factor"]),
         (["superres", "--image", "image.png"], ["--factor"]),
         (["colorize", "--image", "image.png", "--times", "80", "--edit-steps", "2"], ["twice"]),
@@ -157,6 +158,7 @@ def test_superres_keeps_the_block_means(cli, student, inputs):
 def test_mistakes(cli, student, inputs, monkeypatch, argv, words):
     monkeypatch.chdir(inputs)
     Image.new("RGB", (16, 12)).save("large.png")
+    Image.new("RGB", (3, 2)).save("tiny.png")
     (inputs / "broken.png").write_bytes((inputs / "image.png").read_bytes()[:60])
     result = cli(*argv, "--model", student, "--out", "out.png")
     assert result.code in (1, 2)
@@ -170,10 +172,10 @@ def test_mistakes(cli, student, inputs, monkeypatch, argv, words):
         (["inpaint", "--image", "nowhere.png", "--mask", "mask.png"], ["nowhere.png"]),
         (["inpaint", "--image", "image.png", "--mask", "large.png"], ["large.png is 16x12"]),
         (["inpaint", "--image", "image.png"], ["no transparent part"]),
-        (["colorize", "--image", "large.png"], ["16x12", "8x8"]),
+        (["colorize", "--image", "tiny.png"], ["3x2", "8x8"]),
         (["colorize", "--image", "image.png", "--labels", "9"], ["no class 9"]),
         (["colorize", "--image", "image.png", "--out", "image.png/x/"], ["image.png is a file"]),
-        (["superres", "--image", "image.png", "--factor", "2"], ["4x4"]),
+        (["superres", "--image", "tiny.png", "--factor", "2"], ["4x4"]),
     ],
 )
 def test_mistakes_are_found_before_the_weights_are_read(cli, student, inputs, monkeypatch, argv, words):
@@ -183,6 +185,7 @@ def test_mistakes_are_found_before_the_weights_are_read(cli, student, inputs, mo
     monkeypatch.chdir(inputs)
     monkeypatch.setattr(checkpoint, "load", fail)
     Image.new("RGB", (16, 12)).save("large.png")
+    Image.new("RGB", (3, 2)).save("tiny.png")
     result = cli(argv[0], "--model", student, "--out", "out.png", *argv[1:])
     result.error(result.code, *words)
 
@@ -257,9 +260,29 @@ def test_the_truth_itself_has_no_error(cli, student, inputs):
 def test_what_cannot_be_compared(cli, student, inputs):
     (inputs / "large.png").write_bytes(png(np.zeros((9, 9, 3))))
     ask = ("colorize", "--model", student, "--image", inputs / "image.png", "--out", inputs / "o.png")
-    cli(*ask, "--truth", inputs / "large.png").error(1, "--truth", "is 9x9", "makes 8x8")
+    cli(*ask, "--truth", inputs / "large.png").error(1, "--truth", "is 9x9", "the result is 8x8")
     cli(*ask, "--truth", inputs / "none.png").error(1, "none.png")
     cli(*ask, "--truth", "-").error(2, "--truth -")
     cli(*ask, "--compare", inputs / "all.txt").error(2, "cannot be written")
     cli(*ask, "--compare", "-", "--json").error(2, "stdout takes one result")
     assert not (inputs / "o.png").exists()
+
+
+@pytest.mark.parametrize("task", EDITS)
+def test_larger_images_are_made_of_tiles(cli, student, inputs, task):
+    image = np.random.default_rng(1).integers(0, 256, (14, 20, 3))
+    mask = np.zeros((14, 20))
+    mask[4:12, 3:17] = 255
+    (inputs / "image.png").write_bytes(png(image))
+    (inputs / "mask.png").write_bytes(png(mask))
+    (inputs / "small.png").write_bytes(png(image[:7, :10]))
+    options = [str(inputs / word) if word.endswith(".png") else word for word in EDITS[task]]
+    ask = (task, "--model", student, *options, "--edit-steps", 3, "--out", inputs / "made.png", "--json")
+    result = cli(*ask)
+    assert result.code == 0, result.stderr
+    assert "the result is 20x14, made of tiles of 8x8" in result.stderr
+    made = read(inputs / "made.png")
+    assert made.shape == (14, 20, 3)
+    assert json.loads(result.stdout)["images"][0]["constraint_error"] <= 0.75
+    if task == "inpaint":
+        assert np.array_equal(made[mask == 0], image[mask == 0])

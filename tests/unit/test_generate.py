@@ -512,7 +512,7 @@ def test_the_default_is_the_papers_grid():
             UsageError,
             "colour",
         ),
-        (lambda: superres(EDITED, pictures(1), 2), DataError, "16x16"),
+        (lambda: superres(EDITED, pictures(1, side=2), 2), DataError, "4x4"),
         (lambda: superres(EDITED, pictures(1, side=4), 1), UsageError, "at least 2"),
         (lambda: superres(EDITED, pictures(1, side=4), 2, steps=0), UsageError, "at least 1"),
         (lambda: superres(EDITED, pictures(1, side=4), 2, times=[90.0]), UsageError, "90 is not on"),
