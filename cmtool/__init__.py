@@ -20,6 +20,8 @@ _PUBLIC: dict[str, str] = {
     "inpaint": "cmtool.generate",
     "colorize": "cmtool.generate",
     "superres": "cmtool.generate",
+    "stroke": "cmtool.starts",
+    "denoise": "cmtool.starts",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -25,6 +25,7 @@ from cmtool.solvers import DDIM, SOLVERS, Churn, Solver, solve
 from cmtool.times import Karras
 
 T = TypeVar("T")
+Times = Sequence[float] | Tensor  # decreasing path times
 
 # Pixels a batch by default, at most. On a CPU 8 images of 32x32 keep a thread as busy as any number, and more than some
 # dozen leave the caches: 7.7M parameters make 28, 31, 33, 25 and 25 images a second in batches of 8, 16, 32, 64 and 128
@@ -113,14 +114,14 @@ def generate(
     if solver is not None:
         points = _solver_times(model, steps, times)
     elif times is not None:
-        points = _times(model, times)
+        points = path_times(model, times)
     else:
         points = default_times(model, 1 if steps is None else steps, how)
 
     def make(at: slice) -> Generated:
         part, known = list(seeds[at]), None if classes is None else classes[at]
         wanted = None if known is None else known.to(model.device)
-        noise = _noise(part, model)
+        noise = noise_of(part, model)
         start = _start(model, points, noise)
         if solver is None:
             for state in run_sampler(model, start, points, noise=noise, labels=wanted, clip=clip, landing=how):
@@ -264,7 +265,7 @@ def inpaint(
         known = op.A(_rows(images, at).to(model.device))
         return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
 
-    made = _edited(model, max(len(images), len(masks)), seeds, batch, part).to(images)
+    made = edited(model, max(len(images), len(masks)), seeds, batch, part).to(images)
     # Through the [-1, 1] clamp of other pixels the known ones could only lose: put them back as they came.
     return torch.where(masks, made, images)
 
@@ -301,7 +302,7 @@ def colorize(
         known = op.A(_rows(images, at).to(model.device))
         return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
 
-    return _edited(model, len(images), seeds, batch, part)
+    return edited(model, len(images), seeds, batch, part)
 
 
 def superres(
@@ -332,7 +333,7 @@ def superres(
     def part(at: slice, seeds: list[int]) -> Tensor:
         return edit(model, op, _rows(images, at), seeds=seeds, labels=labels, times=times, steps=steps)
 
-    return _edited(model, len(images), seeds, batch, part)
+    return edited(model, len(images), seeds, batch, part)
 
 
 def edit(
@@ -376,9 +377,9 @@ def edit(
             "give an image of at least the size this model makes",
         )
     model = tiled(model, *shape[1:])
-    points = edit_times(model, steps) if times is None else _times(model, times)
+    points = edit_times(model, steps) if times is None else path_times(model, times)
     classes = labels_for(model, seeds, labels)
-    noise = _noise(seeds, model, shape)
+    noise = noise_of(seeds, model, shape)
     wanted = None if classes is None else classes.to(model.device)
     t_min, t_max = points.new_tensor(model.path.t_min), points[0]
     start = model.path.diffuse(filled.expand(len(seeds), -1, -1, -1), t_min, t_max, noise(0))
@@ -400,7 +401,7 @@ def edit_times(model: FlowMap, steps: int | None = None) -> Tensor:
     return Karras(model.card.grid_rho).times(model.path, steps + 1)[:-1]
 
 
-def _edited(
+def edited(
     model: FlowMap,
     rows: int,
     seeds: Sequence[int] | None,
@@ -457,13 +458,14 @@ def check_role(model: FlowMap, solver: str | None, landing: Landing | None = Non
         raise UsageError("this model is a denoiser and needs a solver", "add --solver heun --steps 18")
 
 
-def _times(model: FlowMap, times: Sequence[float] | Tensor) -> Tensor:
+def path_times(model: FlowMap, times: Times) -> Tensor:
+    """Times as a tensor, if they decrease and lie on the model's path; else a UsageError."""
     return check_times(model, torch.as_tensor(times, dtype=torch.float32, device="cpu"))
 
 
 def _solver_times(model: FlowMap, steps: int | None, times: Sequence[float] | Tensor | None) -> Tensor:
     if times is not None:
-        points = _times(model, times)
+        points = path_times(model, times)
     else:
         count = 18 if steps is None else steps
         if count < 1:
@@ -503,13 +505,30 @@ def _noise_at_the_end(model: FlowMap) -> bool:
     return float(model.path.sigma(torch.tensor(model.path.t_min, dtype=torch.float64))) > 0
 
 
-def _noise(seeds: list[int], model: FlowMap, shape: tuple[int, ...] | None = None) -> Callable[[int], Tensor]:
+def noise_of(seeds: list[int], model: FlowMap, shape: tuple[int, ...] | None = None) -> Callable[[int], Tensor]:
+    """The noise of each step, for images of a shape, the model's own by default: stream -> float32 [B, *shape]."""
     return lambda stream: rng.noise(seeds, shape or model.card.image_shape, stream).to(model.device)
 
 
 def _start(model: FlowMap, points: Tensor, noise: Callable[[int], Tensor]) -> Tensor:
     # x_T ~ N(0, sigma_max^2): the data's share at t_max is lost in the noise, as in the reference.
     return model.path.sigma(points[0]) * noise(0)
+
+
+def check_images(images: Tensor, model: FlowMap) -> Tensor:
+    """Images [B, C, H, W] that a model can work on, at least of its size; a single one may come without B.
+
+    Raises:
+        DataError: for anything else.
+    """
+    images, card = _images(images), model.card
+    if images.shape[1] != card.channels or min(images.shape[2:]) < card.resolution:
+        raise DataError(
+            f"the images are {_size(images)} with {images.shape[1]} channels, the model makes "
+            f"{card.resolution}x{card.resolution} with {card.channels}",
+            "give images of at least the size this model makes",
+        )
+    return images
 
 
 def _images(images: Tensor) -> Tensor:

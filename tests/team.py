@@ -5,6 +5,8 @@ Run as a module it is one of them, and does what it is told: a list of `Case`s o
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import pickle
 import socket
@@ -83,6 +85,16 @@ def finish(started: list[subprocess.Popen[str]], timeout: float = 120) -> list[E
 def cmtool(count: int, *args: Any, timeout: float = 120, **options: Any) -> list[Ended]:
     """A command in so many processes."""
     return finish(start(count, ["-m", "cmtool", *map(str, args)], **options), timeout)
+
+
+def alone(*args: Any) -> Ended:
+    """A command in this process."""
+    from cmtool.cli.app import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(list(map(str, args)))
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def trained(count: int, cases: list[Case], folder: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from cmtool.cli import (
     console,
     convert,
     data,
+    denoise,
     evaluate,
     fetch,
     info,
@@ -36,6 +37,7 @@ from cmtool.cli import (
     sample,
     search,
     stats,
+    stroke,
     superres,
     train,
 )
@@ -56,6 +58,8 @@ app.command("sample")(sample.sample)
 app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
+app.command("stroke", short_help="Make a picture out of rough strokes.")(stroke.stroke)
+app.command("denoise", short_help="Take noise out of an image.")(denoise.denoise)
 app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)
 app.command("search", short_help="Search for the times of a few network calls.")(search.search)
 app.command("stats", short_help="Write reference statistics of images.")(stats.stats)

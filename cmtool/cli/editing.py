@@ -31,9 +31,7 @@ class Request:
     labels: options.Labels = None
     times: options.Times = None
     edit_steps: options.EditSteps = None
-    compare: Annotated[
-        str | None, typer.Option("--compare", metavar="FILE", help="A picture of what is known and all answers.")
-    ] = None
+    compare: options.Compare = None
     truth: Annotated[
         str | None, typer.Option("--truth", metavar="FILE", help="The true image: tell how near the answers come.")
     ] = None

@@ -292,6 +292,9 @@ Image = Annotated[str, typer.Option("--image", metavar="FILE", help="The image t
 Out = Annotated[
     str, typer.Option("--out", metavar="PATH", help="A file, a folder, a name with {seed} in it; - writes a pipe.")
 ]
+Compare = Annotated[
+    str | None, typer.Option("--compare", metavar="FILE", help="A picture of what is given and all answers.")
+]
 EditSteps = Annotated[
     int | None,
     typer.Option("--edit-steps", metavar="N", min=1, help="Network calls. [default: the model's whole grid]"),

@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cmtool.errors import CheckpointError, UsageError
 from cmtool.io import checkpoint, files
 from cmtool.io.files import write_atomic
-from cmtool.io.images import write_image
 from cmtool.processes import ALONE, Processes
 
 if TYPE_CHECKING:
@@ -163,6 +162,12 @@ class RunFolder:
         """Drop what was written after `step`, lines of metrics.jsonl and averages: a continued run writes it again."""
         if not self.processes.first:
             return
+        try:
+            self._rewind(step)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {self.path}: {error.strerror or error}", _INTACT) from error
+
+    def _rewind(self, step: int) -> None:
         for series in self.averages().values():
             for made, old in series.items():
                 if made > step:
@@ -181,6 +186,8 @@ class RunFolder:
 
     def write_samples(self, step: int, image: Tensor) -> None:
         """The sample grid of a step, uint8 [C, H, W]."""
+        from cmtool.io.images import write_image
+
         write_image(self.path / "samples" / f"{step:07d}.png", image)
 
     def best(self, name: str) -> float | None:

@@ -286,3 +286,34 @@ def test_larger_images_are_made_of_tiles(cli, student, inputs, task):
     assert json.loads(result.stdout)["images"][0]["constraint_error"] <= 0.75
     if task == "inpaint":
         assert np.array_equal(made[mask == 0], image[mask == 0])
+
+
+def test_strokes(cli, student, inputs):
+    ask = ("stroke", "--model", student, "--image", inputs / "image.png", "--seeds", "0-1", "--out", inputs / "out")
+    told = json.loads(cli(*ask, "--compare", inputs / "all.png", "--json").stdout)
+    assert [entry["seed"] for entry in told["images"]] == [0, 1]
+    assert told["times"] == pytest.approx([5.38 / 32, 2.24 / 32], rel=1e-4)
+    first, second = (read(entry["path"]) for entry in told["images"])
+    assert (first != second).any()
+    assert read(inputs / "all.png").shape[0] > 2 * 96
+    assert cli(*ask, "--times", "80,1").lines == [entry["path"] for entry in told["images"]]
+    assert (read(told["images"][0]["path"]) != first).any()
+    cli(*ask, "--times", "1,80").error(2, "does not fall")
+    cli("stroke", "--model", student, "--image", inputs / "none.png", "--out", inputs / "o.png").error(1, "none.png")
+
+
+def test_noise_is_taken_away(cli, student, teacher, inputs, picture):
+    ask = ("denoise", "--image", inputs / "image.png", "--out", inputs / "clean.png")
+    told = json.loads(cli(*ask, "--model", student, "--sigma", 25, "--json").stdout)
+    assert told["sigma"] == pytest.approx(25)
+    clean = read(inputs / "clean.png")
+    assert (clean != picture).any()
+    assert cli(*ask, "--model", teacher, "--sigma", 25).lines == [str(inputs / "clean.png")]
+    assert (read(inputs / "clean.png") != clean).any()
+    result = cli(*ask, "--model", student)
+    assert result.code == 0
+    assert "the noise is estimated: --sigma " in result.stderr
+    assert cli(*ask, "--model", student, "--sigma", 0).code == 0
+    assert np.abs(read(inputs / "clean.png") - picture).max() <= 2
+    cli(*ask, "--model", student, "--sigma", -1).error(2, "from 0 on")
+    cli(*ask, "--model", student, "--sigma", 1e6).error(2, "knows noise up to")

@@ -27,6 +27,8 @@ FLAGS = {
         --clip --no-clip --role {MAKE}""",
     "inpaint": f"--mask --invert-mask {EDIT}",
     "colorize": EDIT,
+    "stroke": f"--model --image --out --seeds --labels --times --compare {MAKE}",
+    "denoise": "--model --image --out --sigma --labels --device --precision --json",
     "superres": f"--factor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",
     "convert": "SRC DST --to --role --resolution --set --overwrite --json",

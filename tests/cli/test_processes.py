@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    good(team.cmtool(1, *TRAIN, "--sample-every", "0", "--out", folder / "alone"))
+    good([team.alone(*TRAIN, "--sample-every", "0", "--out", folder / "alone")])
     return folder / "alone"
 
 
@@ -66,7 +66,7 @@ def test_a_run_in_parts_goes_on_whole_in_one_process(alone, spread, tmp_path):
     assert sorted(file.name for file in (spread / "checkpoints").iterdir()) == ["step_0000002.dcp", "step_0000003.dcp"]
     assert (spread / "samples" / "0000002.png").is_file()
     run = copied(spread, tmp_path)
-    good(team.cmtool(1, "train", "--resume", run))
+    good([team.alone("train", "--resume", run)])
     equal(run, alone)
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["step_0000003.dcp", "step_0000004.pt"]
 
@@ -77,7 +77,7 @@ def test_a_damaged_part_is_noticed(alone, spread, tmp_path):
     data = bytearray(part.read_bytes())
     data[len(data) // 2] ^= 1
     part.write_bytes(data)
-    ended = team.cmtool(1, "train", "--resume", run)
+    ended = [team.alone("train", "--resume", run)]
     good(ended)
     assert "step_0000003.dcp is damaged and put aside: continuing from step 2" in ended[0].err
     assert (run / "checkpoints" / "step_0000003.damaged").is_dir()
@@ -87,7 +87,7 @@ def test_a_damaged_part_is_noticed(alone, spread, tmp_path):
 @pytest.fixture(scope="module")
 def begun(folder):
     """A run of one process, stopped at its first step."""
-    good(team.cmtool(1, *TRAIN, "--sample-every", "0", "--stop-after", 1, "--out", folder / "begun"), 75)
+    good([team.alone(*TRAIN, "--sample-every", "0", "--stop-after", 1, "--out", folder / "begun")], 75)
     return folder / "begun"
 
 
@@ -100,7 +100,7 @@ def test_a_run_of_one_process_goes_on_in_two(alone, begun, tmp_path, options):
 
 def test_samples_are_those_of_one_process(alone, tmp_path):
     args = ["sample", "--model", alone, "--seeds", "0-4"]
-    one = team.cmtool(1, *args, "--out", tmp_path / "one", "--grid", tmp_path / "one.png")
+    one = [team.alone(*args, "--out", tmp_path / "one", "--grid", tmp_path / "one.png")]
     two = team.cmtool(2, *args, "--out", tmp_path / "two", "--grid", tmp_path / "two.png")
     good(one)
     good(two)
@@ -147,7 +147,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert [one.code for one in ended] == [1, -signal.SIGKILL]
     assert "error: another process of this command has ended" in ended[0].err
     assert "internal error" not in ended[0].err
-    good(team.cmtool(1, "train", "--resume", tmp_path / "run", "--stop-after", 1), 75)
+    good([team.alone("train", "--resume", tmp_path / "run", "--stop-after", 1)], 75)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
@@ -240,4 +240,4 @@ def test_a_host_that_dies_ends_the_other(hosts, tmp_path):
     assert ended[0].code == 1
     assert "error: another process of this command has ended" in ended[0].err
     assert "--resume continues from the last checkpoint" in ended[0].err
-    good(team.cmtool(1, "train", "--resume", run, "--stop-after", 1), 75)
+    good([team.alone("train", "--resume", run, "--stop-after", 1)], 75)

@@ -1,0 +1,132 @@
+"""Edits that are another start of the sampling loop: no constraint holds them, only what the noise leaves standing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cmtool.errors import UsageError
+from cmtool.flow.flow_map import FlowMap
+from cmtool.flow.tiled import tiled
+from cmtool.generate import Times, check_images, edited, labels_for, noise_of, path_times
+from cmtool.sampler import sample as run_sampler
+
+# The noise-to-signal ratios of Song et al. (2023), appendix D, for 256x256.
+STROKE = (5.38, 2.24)
+_PUBLISHED_SIDE = 256
+
+
+def stroke_times(model: FlowMap) -> Tensor:
+    """The default times of `stroke` on the model's path.
+
+    The published noise levels, times side / 256: a picture of fewer pixels holds its coarse shapes in fewer of them,
+    and the mean over k x k pixels of the noise shrinks with k. So the same shapes survive at every resolution.
+    """
+    path = model.path
+    ratios = torch.tensor(STROKE, dtype=torch.float64) * model.card.resolution / _PUBLISHED_SIDE
+    return path.time(ratios).clamp(path.t_min, path.t_max).float()
+
+
+def stroke(
+    model: FlowMap,
+    images: Tensor,
+    *,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Times | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Pictures that follow rough strokes: noise is added to them and taken away by the model.
+
+    Algorithm 4 of Song et al. (2023), arXiv:2303.01469, with nothing held; SDEdit, Meng et al. (2021),
+    arXiv:2108.01073, in two network calls.
+
+    Args:
+        model: a consistency model.
+        images: float32 [B, C, H, W] in [-1, 1], at least of the model's size; one serves all seeds.
+        seeds: one result each; default 0 to B-1.
+        labels: see `generate.labels_for`.
+        times: decreasing path times, default `stroke_times`; the more noise at the first, the freer the result.
+        batch: images at once, as `generate.generate`.
+    Returns:
+        float32 [len(seeds), C, H, W] in [-1, 1].
+    Raises:
+        UsageError: for a denoiser. DataError: for images of another kind.
+    """
+    images = check_images(images, model)
+    if model.card.role == "denoiser":
+        raise UsageError("stroke editing needs a consistency model, and this is a denoiser", "distil it first")
+    points = stroke_times(model) if times is None else path_times(model, times)
+    shape = tuple(images.shape[1:])
+    over = tiled(model, *shape[1:])
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        classes = labels_for(model, seeds, labels)
+        noise = noise_of(seeds, model, shape)
+        given = (images if len(images) == 1 else images[at]).to(model.device).expand(len(seeds), -1, -1, -1)
+        start = model.path.diffuse(given, points.new_tensor(model.path.t_min), points[0], noise(0))
+        wanted = None if classes is None else classes.to(model.device)
+        for state in run_sampler(over, start, points, noise=noise, labels=wanted):
+            x = state.denoised
+        return x.clamp(-1, 1).to("cpu", copy=True)
+
+    return edited(model, len(images), seeds, batch, part)
+
+
+def denoise(
+    model: FlowMap,
+    images: Tensor,
+    *,
+    sigma: float | None = None,
+    labels: Sequence[int] | int | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Take white noise away, in one network call an image.
+
+    The image is read as a point x_t of the model's path with t such that sigma_t / alpha_t = `sigma`. A consistency
+    model answers with one clean image, a denoiser with the mean of all that are possible.
+
+    Args:
+        images: float32 [B, C, H, W], clean values in [-1, 1], at least of the model's size.
+        sigma: standard deviation of the noise in these units; None estimates it, image by image.
+        labels: one class for all, or one an image, dealt as `generate.labels_for`.
+        batch: images at once, as `generate.generate`.
+    Returns:
+        float32 [B, C, H, W] in [-1, 1].
+    Raises:
+        UsageError: for a noise level outside of the model's path. DataError: for images of another kind.
+    """
+    images = check_images(images, model)
+    path, over = model.path, tiled(model, *images.shape[2:])
+    levels = estimate_sigma(images) if sigma is None else torch.full((len(images),), float(sigma))
+    most = float(path.ratio(torch.tensor(path.t_max)))
+    if sigma is not None and not 0 <= sigma <= most:
+        raise UsageError(f"the model knows noise up to {most:.3g}, and {sigma:.3g} is asked for", "in units of [-1, 1]")
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        times = path.time(levels[at].double()).clamp(path.t_min, path.t_max).float().to(model.device)
+        x_t = path.alpha(times)[:, None, None, None] * images[at].to(model.device)
+        classes = labels_for(model, seeds, labels)
+        wanted = None if classes is None else classes.to(model.device)
+        with torch.inference_mode():
+            if model.card.role == "denoiser":
+                made = over.denoised(x_t, times, wanted)
+            else:
+                made = over.jump(x_t, times, torch.full_like(times, path.t_min), wanted)
+        return made.clamp(-1, 1).to("cpu", copy=True)
+
+    return edited(model, len(images), None, batch, part)
+
+
+def estimate_sigma(images: Tensor) -> Tensor:
+    """The standard deviation of white noise in images [B, C, H, W], H and W at least 2; [B], in their units.
+
+    The median of the finest diagonal details of the Haar wavelet, |a - b - c + d| / 2 over 2x2 pixels, over 0.6745:
+    Donoho and Johnstone (1994), Biometrika 81. Fine texture counts as noise.
+    """
+    a, b = images[..., 0:-1:2, 0:-1:2], images[..., 0:-1:2, 1::2]
+    c, d = images[..., 1::2, 0:-1:2], images[..., 1::2, 1::2]
+    details: Tensor = (a - b[..., : a.shape[-2], :] - c + d) / 2
+    return details.abs().flatten(1).median(1).values / 0.6745

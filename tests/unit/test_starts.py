@@ -1,0 +1,103 @@
+"""Stroke editing and denoising: where the loop starts, and what is known in closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cmtool import rng
+from cmtool.errors import DataError, UsageError
+from cmtool.flow.path import Linear
+from cmtool.sampler import sample as run_sampler
+from cmtool.starts import STROKE, denoise, estimate_sigma, stroke, stroke_times
+from tests.models import micro, model
+
+EDITED, TEACHER = model(), model("denoiser")
+
+
+def pictures(count=1, side=8, seed=0):
+    coarse = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+
+
+def test_the_published_times_at_the_published_size():
+    large = model(config=micro(resolution=8))
+    times = stroke_times(large)
+    assert times.tolist() == pytest.approx([8 / 256 * STROKE[0], 8 / 256 * STROKE[1]], rel=1e-5)
+    straight = model(config=micro(resolution=8), path=Linear())
+    ratios = straight.path.ratio(stroke_times(straight).double())
+    assert ratios.tolist() == pytest.approx(times.tolist(), rel=1e-4)  # the same levels on any path
+
+
+def test_strokes_are_the_start_of_the_loop():
+    image, times = pictures(), torch.tensor([5.0, 1.0])
+    found = stroke(EDITED, image, seeds=[3], times=times)
+
+    def noise(stream):
+        return rng.noise([3], (3, 8, 8), stream)
+
+    start = image + (25 - EDITED.path.t_min**2) ** 0.5 * noise(0)
+    for state in run_sampler(EDITED, start, times, noise=noise):
+        expected = state.denoised
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_more_noise_the_freer():
+    """Almost none leaves the picture as it is."""
+    image = pictures()
+    kept = stroke(EDITED, image, times=[0.0021])
+    assert float((kept - image).abs().max()) < 0.02
+    changes = [float((stroke(EDITED, image, times=[t]) - image).abs().mean()) for t in (0.01, 0.3, 80.0)]
+    assert changes == sorted(changes)
+
+
+def test_an_image_of_strokes_serves_all_seeds_and_sizes():
+    image = pictures(side=13)
+    found = stroke(EDITED, image, seeds=[1, 2])
+    assert found.shape == (2, 3, 13, 13)
+    assert stroke(EDITED, image, seeds=[2]) == pytest.approx(found[1:], abs=1e-3)
+    assert stroke(EDITED, image, seeds=[1, 2], batch=1) == pytest.approx(found, abs=1e-3)
+
+
+def test_noise_is_read_as_a_point_of_the_path():
+    image, times = pictures(2), torch.tensor([0.4, 0.4])
+    expected = EDITED.jump(image, times, torch.full((2,), EDITED.path.t_min)).clamp(-1, 1)
+    assert denoise(EDITED, image, sigma=0.4) == pytest.approx(expected, abs=1e-5)
+    mean = TEACHER.denoised(image, times).clamp(-1, 1)
+    assert denoise(TEACHER, image, sigma=0.4) == pytest.approx(mean, abs=1e-5)
+    straight = model("denoiser", path=Linear())
+    t = straight.path.time(torch.tensor([0.4, 0.4]))
+    there = straight.denoised(straight.path.alpha(t)[:, None, None, None] * image, t).clamp(-1, 1)
+    assert denoise(straight, image, sigma=0.4) == pytest.approx(there, abs=1e-5)
+
+
+def test_an_image_without_noise_stays():
+    image = pictures()
+    assert denoise(EDITED, image, sigma=0.0) == pytest.approx(image, abs=0.02)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 0.5])
+def test_the_noise_is_estimated(sigma):
+    """On a smooth image, to the error of a median of so many numbers."""
+    noisy = pictures(4, 64) + sigma * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    assert estimate_sigma(noisy).tolist() == pytest.approx([sigma] * 4, rel=0.06)
+    assert float(estimate_sigma(pictures(1, 64)[..., :63, :]).max()) < 0.005  # odd sides, no noise
+    small = noisy[..., :8, :8]
+    assert denoise(EDITED, small) == pytest.approx(
+        torch.cat([denoise(EDITED, one[None], sigma=float(estimate_sigma(one[None]))) for one in small]), abs=1e-4
+    )
+
+
+def test_impossible():
+    with pytest.raises(UsageError, match="needs a consistency model"):
+        stroke(TEACHER, pictures())
+    with pytest.raises(UsageError, match="is not on the model's path"):
+        stroke(EDITED, pictures(), times=[90.0])
+    with pytest.raises(DataError, match="4x4 with 3 channels"):
+        stroke(EDITED, pictures(side=4))
+    with pytest.raises(DataError, match="8x8 with 1 channels"):
+        denoise(EDITED, pictures()[:, :1])
+    with pytest.raises(UsageError, match="knows noise up to 80"):
+        denoise(EDITED, pictures(), sigma=81.0)
+    with pytest.raises(DataError, match="float"):
+        denoise(EDITED, (pictures() * 127).to(torch.int8))
