@@ -35,6 +35,7 @@ class Request:
     truth: Annotated[
         str | None, typer.Option("--truth", metavar="FILE", help="The true image: tell how near the answers come.")
     ] = None
+    lpips_backbone: options.LpipsBackbone = None
     batch: options.Batch = None
     device: options.Device = "auto"
     precision: options.Precision = "auto"
@@ -109,13 +110,16 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
         return Generated(part, labels_for(model, part, labels), made, 0)
 
     made = in_batches(model, len(seeds), make, batch=request.batch)
+    if request.lpips_backbone is not None and truth is None:
+        raise UsageError("--lpips-backbone compares with a --truth", "name the true image, or leave it out")
+    alike = images.lpips(request.lpips_backbone, "cpu") if request.lpips_backbone is not None else None
     on_stdout = not request.as_json and request.compare != "-"
     described, answers = [], []
     for entry, image in images.save(title, made, seeds, targets, on_stdout=on_stdout):
-        entry |= {"constraint_error": round(edit.error(image), 3), **_likeness(image, truth)}
+        entry |= {"constraint_error": round(edit.error(image), 3), **_likeness(image, truth, alike)}
         if truth is not None:
-            known = ("psnr", "ssim", "constraint_error")
-            told = ", ".join(f"{name} {entry[name]:.4g}" for name in known if entry[name] is not None)
+            known = ("psnr", "ssim", "lpips", "constraint_error")
+            told = ", ".join(f"{name} {entry[name]:.4g}" for name in known if entry.get(name) is not None)
             console.note(f"seed {entry['seed']}: {told}")
         described.append(entry)
         answers.append(image)
@@ -125,14 +129,18 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
         console.emit_json({"images": described, "image": request.image, "model": request.model})
 
 
-def _likeness(image: Tensor, truth: Tensor | None) -> dict[str, Any]:
+def _likeness(image: Tensor, truth: Tensor | None, alike: Callable[[Tensor, Tensor], Tensor] | None) -> dict[str, Any]:
     """How near an answer comes to the true image; null for a PSNR without end."""
     if truth is None:
         return {}
     from cmtool.evaluation.similarity import psnr, ssim
+    from cmtool.io.images import from_uint8
 
-    near, alike = float(psnr(image[None], truth[None])), float(ssim(image[None], truth[None]))
-    return {"psnr": round(near, 3) if math.isfinite(near) else None, "ssim": round(alike, 4)}
+    near, similar = float(psnr(image[None], truth[None])), float(ssim(image[None], truth[None]))
+    found = {"psnr": round(near, 3) if math.isfinite(near) else None, "ssim": round(similar, 4)}
+    if alike is not None:
+        found["lpips"] = round(float(alike(from_uint8(image)[None], from_uint8(truth)[None])), 5)
+    return found
 
 
 def _compare(target: str, edit: Edit, truth: Tensor | None, answers: list[Tensor], seeds: list[int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +44,7 @@ def evaluate(
         ),
     ] = "fd,precision,recall",
     features: judging.FeaturesOption = "random",
-    weights: judging.Weights = None,
+    weights: judging.WeightsOption = None,
     steps: Annotated[
         str | None,
         typer.Option("--steps", metavar="LIST", help="Network calls, a row each: 1,2,4. [default: 1; solvers: 18]"),
@@ -52,7 +52,7 @@ def evaluate(
     num: Annotated[
         int, typer.Option("--num", "-n", metavar="N", min=2, max=options.MAX_SEEDS, help="Samples: the seeds 0 to N-1.")
     ] = 10_000,
-    limit: judging.Limit = None,
+    limit: judging.LimitOption = None,
     labels: options.Labels = None,
     times: options.Times = None,
     solver: options.Solver = None,
@@ -60,6 +60,7 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option("--teacher", metavar="SOURCE", help="The diffusion model, for ode-error.")
     ] = None,
+    backbone: options.LpipsBackbone = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the JSON there, too.")] = None,
     batch: options.Batch = None,
     role: options.Role = None,
@@ -80,7 +81,7 @@ def evaluate(
     from cmtool import precision as policy
     from cmtool import processes
     from cmtool.evaluation.judging import Judge, pictures_of
-    from cmtool.evaluation.metrics import parse_metrics
+    from cmtool.evaluation.metrics import DEFINITIONS, parse_metrics
     from cmtool.generate import check_role
 
     team = processes.join()
@@ -94,6 +95,9 @@ def evaluate(
         from cmtool.io.data import open_data
 
         shown = open_data(pictures, workers=0)
+    if backbone is not None and teacher is None:
+        raise UsageError("--lpips-backbone is for the ODE error", f"add --metrics {_ODE} --teacher SOURCE")
+    alike = images.lpips(backbone, place) if backbone is not None else None
     follow = None
     if teacher is not None:
         follow = images.ready(images.read_model(teacher, role="denoiser"), device=device, precision=precision)
@@ -101,7 +105,7 @@ def evaluate(
     extractors = judging.open_features(
         (one.features for one in wanted), channels=channels, weights=weights, device=place
     )
-    result: dict[str, Any] = {"metrics": names}
+    result: dict[str, Any] = {"metrics": names, "definitions": DEFINITIONS}
     judge = None
     if wanted and data is not None:
         size = (flow.card.resolution, flow.card.channels) if flow is not None else None
@@ -121,7 +125,7 @@ def evaluate(
         how = {"labels": chosen, "solver": solver, "guidance": guidance, "batch": batch}
         rows = [_row(flow, judge, num, count, times, how, team) for count in counts] if judge is not None else []
         if follow is not None:
-            rows += [_ode(flow, follow, str(teacher), min(num, _ODE_SEEDS), chosen, batch)]
+            rows += [_ode(flow, follow, str(teacher), min(num, _ODE_SEEDS), chosen, batch, alike)]
     else:
         assert shown is not None
         assert judge is not None
@@ -197,15 +201,22 @@ def _row(
 
 
 def _ode(
-    flow: FlowMap, follow: FlowMap, teacher: str, count: int, labels: list[int] | None, batch: int | None
+    flow: FlowMap,
+    follow: FlowMap,
+    teacher: str,
+    count: int,
+    labels: list[int] | None,
+    batch: int | None,
+    alike: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, Any]:
     from cmtool.evaluation.ode_error import ode_error
 
-    found = ode_error(flow, follow, range(count), labels=labels, batch=batch)
+    found = ode_error(flow, follow, range(count), labels=labels, batch=batch, distance=alike)
+    lpips = {} if found.distance is None else {f"ode_lpips@{count}": found.distance}
     return {
         "teacher": judging.identity(follow, teacher),
         "solver": f"heun, {found.steps} steps",
-        "metrics": {f"ode_error@{count}": found.error, f"ode_solution@{count}": found.solution},
+        "metrics": {f"ode_error@{count}": found.error, f"ode_solution@{count}": found.solution, **lpips},
         "levels": found.levels,
         "error_from_level": found.from_level,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from cmtool.errors import CheckpointError, UsageError
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
+    import torch
     from torch import Tensor
 
     from cmtool.flow.flow_map import FlowMap, Role
@@ -105,6 +106,30 @@ def ready(imported: Imported, *, device: str, precision: str) -> FlowMap:
     place = policy.device(device)
     model = assemble(imported).to(place)
     return model.compute_in(policy.compute_dtype(precision, place))  # type: ignore[arg-type]
+
+
+def lpips(file: Path, device: torch.device | str) -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of two batches of images in [-1, 1], [B], with the trunk in a file."""
+    import torch
+
+    from cmtool.io.backbones import read_backbone
+    from cmtool.training.distances import LPIPS
+
+    backbone = read_backbone("vgg", file)
+    net = "alex" if backbone["features.0.weight"].shape[-1] == 11 else "vgg"
+    try:
+        module = LPIPS(net).build(backbone).to(device)  # type: ignore[arg-type]
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{file} holds another network than VGG-16 or AlexNet", "name torchvision's file"
+        ) from error
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = module(a, b)
+        return found
+
+    return distance
 
 
 def labels(model: FlowMap, text: str | None) -> list[int] | None:

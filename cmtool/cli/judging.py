@@ -31,15 +31,15 @@ FeaturesOption = Annotated[
         help="What fd, kd, precision and recall compare: random, inception, dinov2, or an exported network.",
     ),
 ]
-Weights = Annotated[
+WeightsOption = Annotated[
     Path | None,
     typer.Option("--weights", metavar="FILE", help="torch-fidelity's Inception weights. [default: in its cache]"),
 ]
-Reference_ = Annotated[
+ReferenceOption = Annotated[
     str,
     typer.Option("--data", metavar="SOURCE", help="What to compare with: images, or a file of cmtool stats or EDM's."),
 ]
-Limit = Annotated[
+LimitOption = Annotated[
     int | None, typer.Option("--limit", metavar="N", min=2, help="Compare with N images of --data, evenly spread.")
 ]
 

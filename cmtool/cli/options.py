@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -291,6 +292,10 @@ Batch = Annotated[
 Image = Annotated[str, typer.Option("--image", metavar="FILE", help="The image to edit; - reads a pipe.")]
 Out = Annotated[
     str, typer.Option("--out", metavar="PATH", help="A file, a folder, a name with {seed} in it; - writes a pipe.")
+]
+LpipsBackbone = Annotated[
+    Path | None,
+    typer.Option("--lpips-backbone", metavar="FILE", help="Torchvision's VGG-16 or AlexNet weights: tell LPIPS, too."),
 ]
 Compare = Annotated[
     str | None, typer.Option("--compare", metavar="FILE", help="A picture of what is given and all answers.")

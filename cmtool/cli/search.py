@@ -16,13 +16,13 @@ _METRICS = ("fd", "kd", "fid", "kid", "fd-dinov2")  # of those the least is the 
 
 def search(
     model: options.Model,
-    data: judging.Reference_,
+    data: judging.ReferenceOption,
     steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="For how many network calls: 2,3,4.")] = "2",
     metric: Annotated[
         str, typer.Option("--metric", help="What is to be small.", **options.one_of("--metric", _METRICS))
     ] = "fd",
     features: judging.FeaturesOption = "random",
-    weights: judging.Weights = None,
+    weights: judging.WeightsOption = None,
     num: Annotated[
         int, typer.Option("--num", "-n", metavar="N", min=2, max=options.MAX_SEEDS, help="Samples a point, seeds 0-N.")
     ] = 2000,
@@ -31,7 +31,7 @@ def search(
     ] = 40,
     scan: Annotated[bool, typer.Option("--scan", help="Measure every point of the grid, too.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Store the times in the model, for --steps.")] = False,
-    limit: judging.Limit = None,
+    limit: judging.LimitOption = None,
     labels: options.Labels = None,
     batch: options.Batch = None,
     device: options.Device = "auto",

@@ -15,12 +15,12 @@ def stats(
     data: Annotated[str, typer.Option("--data", metavar="SOURCE", help="The images.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The .npz to write.")],
     features: judging.FeaturesOption = "random",
-    weights: judging.Weights = None,
+    weights: judging.WeightsOption = None,
     resolution: Annotated[
         int | None, typer.Option("--resolution", metavar="N", min=1, help="Crop and resize the images to this side.")
     ] = None,
     channels: Annotated[int, typer.Option("--channels", metavar="1|3", min=1, max=3, help="Grey or RGB.")] = 3,
-    limit: judging.Limit = None,
+    limit: judging.LimitOption = None,
     vectors: Annotated[
         bool, typer.Option("--vectors", help="Keep each image's features, for kd, precision and recall.")
     ] = False,

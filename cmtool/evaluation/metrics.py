@@ -22,6 +22,15 @@ SUBSETS, SUBSET, SEED = 100, 1000, 2020  # of the kernel distance, as torch-fide
 SPLITS = 10
 _ROWS = 4096
 
+# What a number means besides its features; goes with every protocol.
+DEFINITIONS = {
+    "neighbours": NEIGHBOURS,
+    "kernel": "(x.y / D + 1)^3",
+    "subsets": SUBSETS,
+    "subset": SUBSET,
+    "splits": SPLITS,
+}
+
 # name -> (kind, the features it means, or None for those that are chosen)
 METRICS = {
     "fd": ("fd", None),
@@ -148,10 +157,13 @@ def precision_recall(vectors: Tensor, reference: Tensor, neighbours: int = NEIGH
     (2019), arXiv:1904.06991.
 
     Raises:
-        ValueError: for a set with no third neighbour.
+        UsageError: for a set with no third neighbour.
     """
     if min(len(vectors), len(reference)) <= neighbours:
-        raise ValueError(f"precision and recall take more than {neighbours} images")
+        raise UsageError(
+            f"precision and recall take more than {neighbours} images, found {len(vectors)} and {len(reference)}",
+            "take more images, or other metrics",
+        )
     return _covered(vectors, reference, neighbours), _covered(reference, vectors, neighbours)
 
 

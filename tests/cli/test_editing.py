@@ -8,9 +8,12 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cmtool.io import checkpoint
+from cmtool.training.distances import LPIPS
+from tests.models import trunk
 
 LUMA = np.array([0.2989, 0.5870, 0.1140])
 
@@ -317,3 +320,25 @@ def test_noise_is_taken_away(cli, student, teacher, inputs, picture):
     assert np.abs(read(inputs / "clean.png") - picture).max() <= 2
     cli(*ask, "--model", student, "--sigma", -1).error(2, "from 0 on")
     cli(*ask, "--model", student, "--sigma", 1e6).error(2, "knows noise up to")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    file = tmp_path_factory.mktemp("lpips") / "alexnet.pth"
+    torch.save(trunk(), file)
+    return file
+
+
+def test_lpips_of_an_answer(cli, student, inputs, backbone):
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "mask.png", "--json")
+    ask = (*ask, "--out", inputs / "o.png", "--lpips-backbone", backbone)
+    (entry,) = json.loads(cli(*ask, "--truth", inputs / "image.png").stdout)["images"]
+    a, b = (torch.from_numpy(read(inputs / name)).permute(2, 0, 1)[None] / 127.5 - 1 for name in ("o.png", "image.png"))
+    expected = float(LPIPS("alex").build(trunk())(a, b))
+    assert entry["lpips"] == pytest.approx(expected, abs=1e-4)
+    assert expected > 0
+    cli(*ask).error(2, "compares with a --truth")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, inputs / "other.pth")
+    result = cli(*ask[:-1], inputs / "other.pth", "--truth", inputs / "image.png")
+    assert result.code == 1
+    assert "another network" in result.stderr

@@ -7,7 +7,7 @@ from typer.main import get_command
 from cmtool.cli.app import app
 
 MAKE = "--batch --device --precision --json"
-EDIT = f"--model --image --out --seeds --labels --times --edit-steps --compare --truth {MAKE}"
+EDIT = f"--model --image --out --seeds --labels --times --edit-steps --compare --truth --lpips-backbone {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
     --crop --resize --upscale --no-upscale --channels --workers --config --set --log-every --save-every --sample-every
     --judge-every --track --micro-batch --checkpoint-activations --shard --compile --no-compile --dry-run -n --resume
@@ -16,7 +16,7 @@ FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
     "evaluate": f"""--model --data --images --metrics --features --weights --steps --num -n --limit --labels --times
-        --solver --guidance --teacher --out --role {MAKE}""",
+        --solver --guidance --teacher --lpips-backbone --out --role {MAKE}""",
     "report": "RUN... --out --json",
     "stats": "--data --out --features --weights --resolution --channels --limit --vectors --device --json",
     "search": f"""--model --data --steps --metric --features --weights --num -n --points --scan --write --limit --labels

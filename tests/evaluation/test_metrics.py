@@ -55,7 +55,7 @@ def test_precision_and_recall_by_hand():
     assert recall == 1.0
     assert precision_recall(reference + 1000, reference) == (0.0, 0.0)
     assert precision_recall(reference, reference) == (1.0, 1.0)
-    with pytest.raises(ValueError, match="more than 3"):
+    with pytest.raises(UsageError, match="more than 3 images, found 3 and 4"):
         precision_recall(reference[:3], reference)
 
 
