@@ -21,7 +21,7 @@ class Browser:
 
     def __init__(self, width: int = 1200, height: int = 900) -> None:
         assert CHROMIUM is not None
-        self._profile = tempfile.TemporaryDirectory(prefix="chromium-")
+        self._profile = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         (read, self._in), (self._out, write) = os.pipe(), os.pipe()
         flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage")
         quiet = ("--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe")

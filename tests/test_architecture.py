@@ -46,9 +46,11 @@ MAY_IMPORT = {
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
     "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},
     "reporting": set(),
+    "studio": FLOW | {"generate", "io", "starts"},
     "cli": FLOW
     | {
         "reporting",
+        "studio",
         "benchmark",
         "editing",
         "evaluation",
@@ -124,6 +126,7 @@ FILE_CALLS = {
 FILE_CALLS_ALLOWED = {
     ("cli/app.py", "os.open"),
     ("networks/native.py", "_SOURCE.read_bytes"),
+    ("studio/server.py", "files('cmtool.studio').joinpath('page.html').read_bytes"),
     ("networks/native.py", "made.parent.mkdir"),
     ("networks/native.py", "tempfile.TemporaryDirectory"),
     ("networks/native.py", "Path('/proc/cpuinfo').read_text"),

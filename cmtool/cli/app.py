@@ -38,6 +38,7 @@ from cmtool.cli import (
     search,
     stats,
     stroke,
+    studio,
     superres,
     train,
 )
@@ -60,6 +61,7 @@ app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("stroke", short_help="Make a picture out of rough strokes.")(stroke.stroke)
 app.command("denoise", short_help="Take noise out of an image.")(denoise.denoise)
+app.command("studio", short_help="Edit by hand, in a browser.")(studio.studio)
 app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)
 app.command("search", short_help="Search for the times of a few network calls.")(search.search)
 app.command("stats", short_help="Write reference statistics of images.")(stats.stats)

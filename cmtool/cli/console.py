@@ -28,9 +28,9 @@ def emit_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, indent=2, allow_nan=False))
 
 
-def emit_line(text: object) -> None:
-    """Print one line of result, exactly as it is."""
-    print(text)
+def emit_line(text: object, *, at_once: bool = False) -> None:
+    """Print one line of result, exactly as it is; `at_once` where somebody waits for it."""
+    print(text, flush=at_once)
 
 
 def emit_rows(rows: Sequence[tuple[str, ...]]) -> None:

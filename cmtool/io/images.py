@@ -93,6 +93,24 @@ def read_image(source: str | Path, channels: int = 3) -> Tensor:
     return to_tensor(to_channels(flatten(*_read(source)), channels))
 
 
+def read_encoded(data: bytes, name: str, channels: int, most_pixels: int) -> Tensor:
+    """`read_image` of the bytes of a file, if it has no more than so many pixels.
+
+    Raises:
+        DataError: as `read_image`, and for one that has more.
+    """
+    with quiet_pillow():
+        opened = open_image(data, name)
+        if opened.width * opened.height > most_pixels:
+            raise UnreadableImageError(name, f"more than {most_pixels:,} pixels", "make the image smaller first")
+        return to_tensor(to_channels(flatten(*load(opened, name)), channels))
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """A uint8 image [C, H, W] as the bytes of a PNG."""
+    return _encode(image, ".png", "the image")
+
+
 def read_image_with_mask(source: str | Path, channels: int = 3) -> tuple[Tensor, Tensor | None]:
     """Read an image together with the mask that its own transparency draws.
 

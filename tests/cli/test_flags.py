@@ -29,6 +29,7 @@ FLAGS = {
     "colorize": EDIT,
     "stroke": f"--model --image --out --seeds --labels --times --compare {MAKE}",
     "denoise": "--model --image --out --sigma --labels --device --precision --json",
+    "studio": "--model --port --browser --no-browser --device --precision",
     "superres": f"--factor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",
     "convert": "SRC DST --to --role --resolution --set --overwrite --json",
