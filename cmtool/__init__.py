@@ -22,6 +22,7 @@ _PUBLIC: dict[str, str] = {
     "superres": "cmtool.generate",
     "stroke": "cmtool.starts",
     "denoise": "cmtool.starts",
+    "interpolate": "cmtool.starts",
 }
 
 __all__ = ["__version__", *_PUBLIC]

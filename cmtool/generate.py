@@ -80,6 +80,7 @@ def generate(
     guidance: float = 1.0,
     batch: int | None = None,
     clip: bool = True,
+    noise: Callable[[slice], Callable[[int], Tensor]] | None = None,
 ) -> Iterator[Generated]:
     """Sample one image a seed, batch by batch.
 
@@ -100,6 +101,7 @@ def generate(
         guidance: scale of classifier-free guidance; 1 is none. See `cmtool.flow.guided`.
         batch: images at once; if None, as many as suit the model and the device, see `in_batches`.
         clip: clamp estimates to the image range on the way.
+        noise: in place of that of the seeds: of a slice of them, stream by stream, see `noise_of`.
     Yields:
         A `Generated` a batch.
     Raises:
@@ -121,13 +123,13 @@ def generate(
     def make(at: slice) -> Generated:
         part, known = list(seeds[at]), None if classes is None else classes[at]
         wanted = None if known is None else known.to(model.device)
-        noise = noise_of(part, model)
-        start = _start(model, points, noise)
+        stream = noise_of(part, model) if noise is None else noise(at)
+        start = _start(model, points, stream)
         if solver is None:
-            for state in run_sampler(model, start, points, noise=noise, labels=wanted, clip=clip, landing=how):
+            for state in run_sampler(model, start, points, noise=stream, labels=wanted, clip=clip, landing=how):
                 x, nfe = state.denoised, state.step
         else:
-            x, nfe = _solve(model, start, points, noise, wanted, solver, churn, clip)
+            x, nfe = _solve(model, start, points, stream, wanted, solver, churn, clip)
         return Generated(part, known, x.clamp(-1, 1).cpu(), nfe)  # new tensors, outside of inference mode
 
     yield from in_batches(model, len(seeds), make, batch=batch, rows=1 if guidance == 1 else 2)

@@ -1,8 +1,11 @@
-"""Edits that are another start of the sampling loop: no constraint holds them, only what the noise leaves standing."""
+"""Edits that are another start of the sampling loop: no constraint holds them, only what the noise leaves standing.
+
+Strokes and noisy images that are followed, and samples on the way from one seed to another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +13,7 @@ from torch import Tensor
 from cmtool.errors import UsageError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.flow.tiled import tiled
-from cmtool.generate import Times, check_images, edited, labels_for, noise_of, path_times
+from cmtool.generate import Times, check_images, edited, generate, labels_for, noise_of, path_times
 from cmtool.sampler import sample as run_sampler
 
 # The noise-to-signal ratios of Song et al. (2023), appendix D, for 256x256.
@@ -130,3 +133,72 @@ def estimate_sigma(images: Tensor) -> Tensor:
     c, d = images[..., 1::2, 0:-1:2], images[..., 1::2, 1::2]
     details: Tensor = (a - b[..., : a.shape[-2], :] - c + d) / 2
     return details.abs().flatten(1).median(1).values / 0.6745
+
+
+def interpolate(
+    model: FlowMap,
+    seeds: Sequence[int],
+    *,
+    frames: int = 8,
+    steps: int | None = None,
+    times: Times | None = None,
+    labels: Sequence[int] | int | None = None,
+    solver: str | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Samples on the way from seed to seed: between two their noise is interpolated on the sphere.
+
+    Gaussian noise of many numbers lies near a sphere, and so do the points of the great circle between two, Shoemake
+    (1985); those of a straight line do not. All noise of a sample is taken along, that of later steps, too: the images
+    of the seeds themselves are those of `generate.sample`.
+
+    Args:
+        model: as `generate.generate`; a denoiser takes a solver.
+        seeds: at least two.
+        frames: steps from one seed to the next.
+        steps, times, solver: as `generate.generate`.
+        labels: one class for all; default that of the first seed.
+        batch: images at once, as `generate.generate`.
+    Returns:
+        float32 [(len(seeds) - 1) frames + 1, C, H, W] in [-1, 1].
+    Raises:
+        UsageError: for fewer than two seeds or no frames, and as `generate.generate`.
+    """
+    if len(seeds) < 2 or frames < 1:
+        raise UsageError("an interpolation takes at least two seeds, and a frame from each", "seeds 0 and 1, 8 frames")
+    first = labels_for(model, [seeds[0]], labels)
+    count = (len(seeds) - 1) * frames + 1
+    shares = torch.arange(count) % frames / frames
+
+    def noise(at: slice) -> Callable[[int], Tensor]:
+        before = [seeds[number // frames] for number in range(count)[at]]
+        after = [seeds[min(number // frames + 1, len(seeds) - 1)] for number in range(count)[at]]
+        share = shares[at].to(model.device)
+        return lambda stream: slerp(noise_of(before, model)(stream), noise_of(after, model)(stream), share)
+
+    made = generate(
+        model,
+        range(count),
+        steps=steps,
+        times=times,
+        labels=None if first is None else int(first),
+        solver=solver,
+        batch=batch,
+        noise=noise,
+    )
+    return torch.cat([part.images for part in made])
+
+
+def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
+    """Points on the great circles from a to b, shapes [B, ...]; at `share` of the angle between them, [B]."""
+    flat_a, flat_b = a.flatten(1).double(), b.flatten(1).double()
+    cosine = (flat_a * flat_b).sum(1) / (flat_a.norm(dim=1) * flat_b.norm(dim=1))
+    angle = cosine.clamp(-1, 1).acos()
+    share = share.double()
+    # Of parallel ones the sine vanishes, and the straight line is the circle.
+    sine = angle.sin()
+    straight = sine < 1e-6
+    safe = sine.where(~straight, torch.ones_like(sine))
+    of_a = (((1 - share) * angle).sin() / safe).where(~straight, 1 - share)
+    of_b = ((share * angle).sin() / safe).where(~straight, share)
+    return (of_a[:, None] * flat_a + of_b[:, None] * flat_b).to(a.dtype).view_as(a)

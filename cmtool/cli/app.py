@@ -30,6 +30,7 @@ from cmtool.cli import (
     fetch,
     info,
     inpaint,
+    interpolate,
     models,
     pairs,
     presets,
@@ -60,6 +61,7 @@ app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
 app.command("stroke", short_help="Make a picture out of rough strokes.")(stroke.stroke)
+app.command("interpolate", short_help="Show the way from sample to sample.")(interpolate.interpolate)
 app.command("denoise", short_help="Take noise out of an image.")(denoise.denoise)
 app.command("studio", short_help="Edit by hand, in a browser.")(studio.studio)
 app.command("evaluate", short_help="Measure the quality of samples.")(evaluate.evaluate)

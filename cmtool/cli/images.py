@@ -84,6 +84,11 @@ def check_folder(option: str, folder: Path) -> None:
         raise UsageError(f"{option}: nothing can be written to {above}", "name another place")
 
 
+def is_animation(target: str) -> bool:
+    """Whether a file is one of moving images, by its name."""
+    return Path(target).suffix.lower() in (".apng", ".webp")
+
+
 def one_result(as_json: bool, *targets: str | None) -> None:
     """stdout takes one result: an image, or the JSON object."""
     if [*targets, "-" if as_json else None].count("-") > 1:

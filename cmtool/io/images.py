@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -175,12 +175,37 @@ def write_image(target: str | Path, image: Tensor) -> None:
         return
     path = Path(target)
     check_suffix(path)
-    data = _encode(image, path.suffix.lower(), str(path))
+    _write(path, _encode(image, path.suffix.lower(), str(path)))
+
+
+def _write(path: Path, data: bytes) -> None:
     try:
         write_atomic(Path(os.path.realpath(path)), lambda file: file.write(data))  # a link stays a link
     except OSError as error:
         hint = "name a file, not a folder" if path.is_dir() else "check the folder, its permissions and the space left"
         raise DataError(f"cannot write {str(path)!r}: {(error.strerror or str(error)).lower()}", hint) from None
+
+
+def write_animation(target: str | Path, frames: Tensor, fps: float, scale: int = 1) -> None:
+    """Write moving images without loss, over and over; the file is complete or absent.
+
+    Args:
+        target: a name that ends in .apng or .webp.
+        frames: uint8 [N, C, H, W]. fps: frames a second. scale: enlarge them by this whole factor.
+    Raises:
+        DataError: if they do not fit into the format, or the file cannot be written.
+    """
+    large = frames.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+    first, *others = map(_to_pil, large)
+    webp = Path(target).suffix.lower() == ".webp"
+    options: dict[str, Any] = {"lossless": True, "method": 4} if webp else {}
+    buffer = io.BytesIO()
+    more = {"save_all": True, "append_images": others, "duration": round(1000 / fps), "loop": 0}
+    try:
+        first.save(buffer, "WEBP" if webp else "PNG", **more, **options)
+    except (OSError, ValueError, struct.error) as error:
+        raise DataError(f"cannot write {target}: {error}", "use smaller frames, or .apng") from None
+    _write(Path(target), buffer.getvalue())
 
 
 def check_suffix(target: str | Path) -> None:

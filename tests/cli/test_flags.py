@@ -30,6 +30,7 @@ FLAGS = {
     "stroke": f"--model --image --out --seeds --labels --times --compare {MAKE}",
     "denoise": "--model --image --out --sigma --labels --device --precision --json",
     "studio": "--model --port --browser --no-browser --device --precision",
+    "interpolate": f"--model --out --seeds --frames --labels --steps --times --solver --loop --fps --scale {MAKE}",
     "superres": f"--factor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",
     "convert": "SRC DST --to --role --resolution --set --overwrite --json",

@@ -351,3 +351,35 @@ def test_what_was_made_before_an_error_is_kept(cli, student, tmp_path, monkeypat
     assert "out of memory" in result.stderr
     assert sorted(os.listdir(tmp_path / "out")) == ["000000.png", "000001.png"]
     assert len(result.lines) == 2
+
+
+@pytest.mark.parametrize("ending", ["png", "apng", "webp"])
+def test_the_way_from_seed_to_seed(cli, plain, tmp_path, ending):
+    out = tmp_path / f"way.{ending}"
+    ask = ("interpolate", "--model", plain, "--seeds", "3,8", "--frames", 4, "--out", out, "--scale", 2)
+    assert cli(*ask).lines == [str(out)]
+    told = json.loads(cli(*ask, "--loop", "--fps", 20, "--json").stdout)
+    assert (told["images"], told["seeds"]) == (9, [3, 8, 3])
+    assert cli("sample", "--model", plain, "--seeds", "3,8", "--out", tmp_path / "alone").code == 0
+    first, second = (np.asarray(Image.open(tmp_path / "alone" / f"{seed:06d}.png").copy()) for seed in (3, 8))
+    with Image.open(out) as found:
+        if ending == "png":
+            assert found.size == (4 * (16 + 2) + 2, 3 * (16 + 2) + 2)
+            return
+        assert found.n_frames == 8  # the last would be the first again
+        frames = []
+        for number in (0, 4):
+            found.seek(number)
+            frames.append(np.asarray(found.convert("RGB").copy())[::2, ::2])
+        assert found.info["duration"] == 50
+    assert np.abs(frames[0].astype(int) - first).max() <= 1
+    assert np.abs(frames[1].astype(int) - second).max() <= 1
+
+
+def test_ways_that_lead_nowhere(cli, plain, teacher, tmp_path):
+    ask = ("interpolate", "--model", plain)
+    cli(*ask, "--seeds", "3", "--out", tmp_path / "w.png").error(2, "at least two seeds")
+    cli(*ask, "--out", tmp_path / "w.mp4").error(2, "cannot be written")
+    cli(*ask).error(2, "--out")
+    cli("interpolate", "--model", teacher, "--out", tmp_path / "w.png").error(2, "needs a solver")
+    assert not list(tmp_path.iterdir())

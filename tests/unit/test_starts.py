@@ -8,8 +8,9 @@ import torch
 from cmtool import rng
 from cmtool.errors import DataError, UsageError
 from cmtool.flow.path import Linear
+from cmtool.generate import generate, labels_for
 from cmtool.sampler import sample as run_sampler
-from cmtool.starts import STROKE, denoise, estimate_sigma, stroke, stroke_times
+from cmtool.starts import STROKE, denoise, estimate_sigma, interpolate, slerp, stroke, stroke_times
 from tests.models import micro, model
 
 EDITED, TEACHER = model(), model("denoiser")
@@ -101,3 +102,45 @@ def test_impossible():
         denoise(EDITED, pictures(), sigma=81.0)
     with pytest.raises(DataError, match="float"):
         denoise(EDITED, (pictures() * 127).to(torch.int8))
+
+
+def test_the_way_between_seeds_begins_and_ends_with_their_images():
+    for made, how in ((EDITED, {"steps": 2}), (TEACHER, {"solver": "heun", "steps": 3})):
+        found = interpolate(made, [4, 9, 2], frames=3, **how)
+        alone = torch.cat([part.images for part in generate(made, [4, 9, 2], **how)])
+        assert found.shape == (7, 3, 8, 8)
+        assert found[::3] == pytest.approx(alone, abs=1e-4)
+        changes = (found[1:] - found[:-1]).abs().mean((1, 2, 3))
+        assert float(changes.min()) > 0
+        assert interpolate(made, [4, 9, 2], frames=3, batch=2, **how) == pytest.approx(found, abs=1e-3)
+
+
+def test_a_way_stays_in_one_class():
+    made = model(config=micro(num_classes=3))
+    found = interpolate(made, [0, 1], frames=2, labels=2)
+    alone = torch.cat([part.images for part in generate(made, [0, 1], labels=2)])
+    assert found[::2] == pytest.approx(alone, abs=1e-4)
+    by_chance = interpolate(made, [0, 1], frames=2)
+    (first,) = labels_for(made, [0])
+    assert by_chance == pytest.approx(interpolate(made, [0, 1], frames=2, labels=int(first)), abs=1e-6)
+
+
+def test_the_great_circle():
+    """Norms and angles of orthogonal and of other vectors; the noise stays as long as noise is."""
+    a, b = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.0, 2.0], [1.0, 1.0]])
+    half = slerp(a, b, torch.full((3,), 0.5))
+    assert half == pytest.approx(torch.tensor([[0.5**0.5] * 2, [2 * 0.5**0.5] * 2, [1.0, 1.0]]), abs=1e-6)
+    x, y = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for share in (0.1, 0.5, 0.9):
+        assert float(slerp(x, y, torch.tensor([share])).std()) == pytest.approx(1, abs=0.03)
+    assert torch.equal(slerp(x, y, torch.tensor([0.0])), x)
+    assert slerp(x, y, torch.tensor([1.0])) == pytest.approx(y, abs=1e-6)
+
+
+def test_impossible_ways():
+    with pytest.raises(UsageError, match="at least two seeds"):
+        interpolate(EDITED, [1])
+    with pytest.raises(UsageError, match="at least two seeds"):
+        interpolate(EDITED, [1, 2], frames=0)
+    with pytest.raises(UsageError, match="needs a solver"):
+        interpolate(TEACHER, [1, 2])
