@@ -15,8 +15,8 @@ from cmtool.benchmark.rows import ROWS, Calls
 from cmtool.benchmark.shared import NETWORK, Setup
 from cmtool.errors import UsageError, UserError
 from cmtool.flow import EDM, VE, BoundaryEDM
-from cmtool.generate import _noise as starting_noise
 from cmtool.generate import generate
+from cmtool.generate import noise_of as starting_noise
 
 pytest.importorskip("diffusers")
 
