@@ -41,7 +41,8 @@ def search(
     """Search for the time points of 2, 3, ... network calls, one after another.
 
     The greedy ternary search of Song et al. (2023), on a grid of the model's path: all points are measured with the
-    same seeds, and the best of all that were tried is taken. The times for three calls begin with those for two.
+    same seeds, and the best of all that were tried is taken, the times that the model takes now among them. Those found
+    for three calls begin with those found for two.
     """
     wanted = [count for count in options.parse_steps(steps) if count is not None]
     if min(wanted) < 2:
@@ -87,12 +88,13 @@ def search(
         count = len(result.times)
         if count in wanted:
             before = tuple(float(t) for t in default_times(flow, count, landing))  # type: ignore[arg-type]
-            tried = [{"time": one.times[-1], name: one.value, "scan": one.scanned} for one in result.tried]
+            known = score(before)
+            better = result.value <= known  # what the model takes now is a candidate, too
             found[count] = {
-                "times": list(result.times),
-                name: result.value,
-                "before": {"times": list(before), name: score(before)},
-                "tried": tried,
+                "times": list(result.times if better else before),
+                name: min(result.value, known),
+                "before": {"times": list(before), name: known},
+                "tried": [{"time": one.times[-1], name: one.value, "scan": one.scanned} for one in result.tried],
             }
     if not team.first:
         return
