@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -168,3 +169,21 @@ def test_a_full_disk_costs_nothing_that_was_there(start, cli, disk):
     filler.unlink()
     assert cli(*resume).code == 0
     assert steps(run) == [1, 2, 3, 4, 5, 6]
+
+
+def test_data_that_has_changed_is_not_gone_on_with(cli, pictures, tmp_path):
+    """One pixel of one image, under the same name."""
+    with np.load(pictures) as arrays:
+        held = dict(arrays)
+    np.savez(tmp_path / "data.npz", **held)
+    small = ("--batch", 4, "--iterations", 6, "--sample-every", 0, "--set", "network.channels=8")
+    ask = ("train", "--data", tmp_path / "data.npz", "--preset", "edm", "--precision", "fp32", *small)
+    assert cli(*ask, "--out", tmp_path / "run", "--stop-after", 2).code == 75
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*.pt")}
+    held["images"][3, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "data.npz", **held)
+    cli("train", "--resume", tmp_path / "run", "--precision", "fp32").error(2, "data.fingerprint")
+    assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*.pt")} == before
+    held["images"][3, 0, 0, 0] ^= 1
+    np.savez(tmp_path / "data.npz", **held)
+    assert cli("train", "--resume", tmp_path / "run", "--precision", "fp32").code == 0
