@@ -37,9 +37,7 @@ family: $(VENV)/.demo  ## every method side by side, into family/; hours on 2 co
 examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other examples with little training
 	rm -rf family-short inconsistencies-short
 	$(BIN)/python examples/family.py --on mixture --short --out family-short
-	$(BIN)/python examples/family.py --on digits --short --only edm,ect,scd,pd,meanflow --out family-short
 	$(BIN)/python examples/inconsistencies.py --on mixture --short --out inconsistencies-short
-	$(BIN)/python examples/inconsistencies.py --on digits --short --teacher demo-short/teacher --out inconsistencies-short
 	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
 		--out family-short/composition.safetensors
 

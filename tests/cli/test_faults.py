@@ -34,7 +34,7 @@ def test_a_killed_run_comes_to_the_same(tmp_path):
         "-m",
         "tests.faults",
         "--kills",
-        "4",
+        "2",
         "--presets",
         "ct",
         "--steps",
@@ -44,7 +44,7 @@ def test_a_killed_run_comes_to_the_same(tmp_path):
     ]
     done = subprocess.run(ask, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 4
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == 2
 
 
 def steps(folder):

@@ -211,6 +211,7 @@ def test_the_command_serves_until_it_is_told_to_end(student):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # what a shell's job may not have
     )
     try:
         address = run.stdout.readline().strip()
