@@ -80,6 +80,8 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     targets = images.places(request.out, seeds)
     if request.compare is not None:
         images.check_target("--compare", request.compare)
+    if request.lpips_backbone is not None and request.truth is None:
+        raise UsageError("--lpips-backbone compares with a --truth", "name the true image, or leave it out")
     if request.truth == "-":
         raise UsageError("--truth - reads no pipe", "give the true image as a file")
 
@@ -110,8 +112,6 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
         return Generated(part, labels_for(model, part, labels), made, 0)
 
     made = in_batches(model, len(seeds), make, batch=request.batch)
-    if request.lpips_backbone is not None and truth is None:
-        raise UsageError("--lpips-backbone compares with a --truth", "name the true image, or leave it out")
     alike = images.lpips(request.lpips_backbone, "cpu") if request.lpips_backbone is not None else None
     on_stdout = not request.as_json and request.compare != "-"
     described, answers = [], []

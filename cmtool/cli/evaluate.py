@@ -76,7 +76,9 @@ def evaluate(
     """
     names = options.parse_names(metrics, "--metrics")
     _check(model, pictures, data, names, teacher, steps, times, out)
-    counts = options.parse_steps(steps) if steps is not None else [None]
+    if backbone is not None and teacher is None:
+        raise UsageError("--lpips-backbone is for the ODE error", f"add --metrics {_ODE} --teacher SOURCE")
+    counts: list[int | None] = [None] if steps is None else [*options.parse_steps(steps)]
 
     from cmtool import precision as policy
     from cmtool import processes
@@ -95,8 +97,6 @@ def evaluate(
         from cmtool.io.data import open_data
 
         shown = open_data(pictures, workers=0)
-    if backbone is not None and teacher is None:
-        raise UsageError("--lpips-backbone is for the ODE error", f"add --metrics {_ODE} --teacher SOURCE")
     alike = images.lpips(backbone, place) if backbone is not None else None
     follow = None
     if teacher is not None:

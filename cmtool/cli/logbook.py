@@ -50,9 +50,10 @@ class Logbook:
         self._levels = Levels(trainer.model.path, trainer.device)
         self._since = time.monotonic()
         self._proxy: Proxy | None = None
-        if rhythm.judge and Proxy.suits(trainer.model):
-            self._proxy = Proxy(trainer.data, trainer.processes)
-            self._best = folder.best(self._proxy.name(trainer.model))
+        proxy = Proxy(trainer.data, trainer.processes)
+        if rhythm.judge and proxy.suits(trainer.model):
+            self._proxy = proxy
+            self._best = folder.best(proxy.name(trainer.model))
 
     def note(self, report: Report, *, ending: bool) -> str | None:
         """Take in a step, and write what is due; a line for the screen if there is a new one.

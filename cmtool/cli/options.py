@@ -157,13 +157,13 @@ def parse_names(text: str, option: str) -> list[str]:
     return list(dict.fromkeys(_parts(text, option, "separate the names by commas")))
 
 
-def parse_steps(text: str) -> list[int | None]:
+def parse_steps(text: str) -> list[int]:
     """Comma-separated numbers of steps, each at least 1.
 
     Raises:
         UsageError: anything else.
     """
-    found: list[int | None] = []
+    found = []
     for part in _parts(text, "--steps", "for example --steps 1,2,4"):
         if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) < 1:
             raise UsageError(f"--steps {text}: {part!r} is no number of steps", "for example --steps 1,2,4")

@@ -24,7 +24,7 @@ def search(
     features: judging.FeaturesOption = "random",
     weights: judging.WeightsOption = None,
     num: Annotated[
-        int, typer.Option("--num", "-n", metavar="N", min=2, max=options.MAX_SEEDS, help="Samples a point, seeds 0-N.")
+        int, typer.Option("--num", "-n", metavar="N", min=2, max=options.MAX_SEEDS, help="Samples a point: 0 to N-1.")
     ] = 2000,
     points: Annotated[
         int, typer.Option("--points", metavar="N", min=3, max=10_000, help="Points of the grid of times.")
@@ -44,7 +44,7 @@ def search(
     same seeds, and the best of all that were tried is taken, the times that the model takes now among them. Those found
     for three calls begin with those found for two.
     """
-    wanted = [count for count in options.parse_steps(steps) if count is not None]
+    wanted = options.parse_steps(steps)
     if min(wanted) < 2:
         raise UsageError("--steps 1: a single call is made at the largest time, always", "take 2 or more")
     if points < max(wanted) + 1:

@@ -7,8 +7,8 @@ published, and are never called FID.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import warnings
-from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -100,7 +100,27 @@ class RandomFeatures:
         return Extracted(torch.cat(parts, dim=1))
 
 
-class Inception:
+class _Network:
+    """Features that a network makes whose weights are in a file."""
+
+    name: str
+    batch = 32
+    resize: str
+
+    def __init__(self, network: torch.nn.Module, sha256: str, device: torch.device | str) -> None:
+        self._device = torch.device(device)
+        self._network, self._sha256 = network.to(self._device), sha256
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"features": self.name, "sha256": self._sha256, "resize": self.resize}
+
+    @torch.inference_mode()
+    def _run(self, images: Tensor) -> Any:
+        return self._network(images.to(self._device))
+
+
+class Inception(_Network):
     """The Inception network of 2015 that FID is defined by, as torch-fidelity has it: its pool3 layer and its logits.
 
     Images are enlarged to 299x299 as TensorFlow did.
@@ -112,29 +132,20 @@ class Inception:
     """
 
     name = "inception"
-    batch = 32
+    resize = "bilinear to 299x299, as TensorFlow 1"
 
     def __init__(self, weights: str, sha256: str, device: torch.device | str = "cpu") -> None:
-        fidelity = _torch_fidelity("feature_extractor_inceptionv3")
-        self._sha256, self._device = sha256, torch.device(device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = fidelity.FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights
-            )
-        self._network = made.to(self._device)
+        layers = ["2048", "logits_unbiased"]
+        kind = _torch_fidelity("feature_extractor_inceptionv3", "FeatureExtractorInceptionV3")
+        made = kind("inception-v3-compat", layers, feature_extractor_weights_path=weights)
+        super().__init__(made, sha256, device)
 
-    @property
-    def about(self) -> dict[str, str]:
-        return {"features": self.name, "sha256": self._sha256, "resize": "bilinear to 299x299, as TensorFlow 1"}
-
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:
-        vectors, logits = self._network(_rgb(images).to(self._device))
+        vectors, logits = self._run(_rgb(images))
         return Extracted(vectors.float().cpu(), logits.float().cpu())
 
 
-class DINOv2:
+class DINOv2(_Network):
     """DINOv2 ViT-L/14 as torch-fidelity has it, for FD-DINOv2: Stein et al. (2023), arXiv:2306.04675.
 
     Args:
@@ -144,45 +155,30 @@ class DINOv2:
     """
 
     name = "dinov2"
-    batch = 32
+    resize = "bilinear to 224x224, as TensorFlow 1"
 
     def __init__(self, sha256: str, device: torch.device | str = "cpu") -> None:
-        fidelity = _torch_fidelity("feature_extractor_dinov2")
-        self._sha256, self._device = sha256, torch.device(device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            made = fidelity.FeatureExtractorDinoV2("dinov2-vit-l-14", ["dinov2"])
-        self._network = made.to(self._device)
+        kind = _torch_fidelity("feature_extractor_dinov2", "FeatureExtractorDinoV2")
+        super().__init__(kind("dinov2-vit-l-14", ["dinov2"]), sha256, device)
 
-    @property
-    def about(self) -> dict[str, str]:
-        return {"features": self.name, "sha256": self._sha256, "resize": "bilinear to 224x224, as TensorFlow 1"}
-
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:
-        (vectors,) = self._network(_rgb(images).to(self._device))
+        (vectors,) = self._run(_rgb(images))
         return Extracted(vectors.float().cpu())
 
 
-class Exported:
+class Exported(_Network):
     """A network exported as TorchScript or by torch.export: uint8 [B, C, H, W] in, [B, D] or [B, D, h, w] out.
 
     Args:
         module: what was read, see `cmtool.io.extractors.read_extractor`. sha256: of the file. name: of the file.
     """
 
-    batch = 64
+    resize = "its own"
 
     def __init__(self, module: torch.nn.Module, sha256: str, name: str, device: torch.device | str = "cpu") -> None:
+        super().__init__(module, sha256, device)
         self.name = name
-        self._sha256, self._device = sha256, torch.device(device)
-        self._network = module.to(self._device)
 
-    @property
-    def about(self) -> dict[str, str]:
-        return {"features": self.name, "sha256": self._sha256, "resize": "its own"}
-
-    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Extracted:
         """See `Features`.
 
@@ -190,7 +186,7 @@ class Exported:
             DataError: for a network that takes no such images, or makes something else of them.
         """
         try:
-            made: Any = self._network(images.to(self._device))
+            made = self._run(images)
         except Exception as error:  # of a foreign program
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise DataError(
@@ -203,31 +199,24 @@ class Exported:
         return Extracted((made.mean((2, 3)) if made.ndim == 4 else made).float().cpu())
 
 
-def extract(features: Features, batches: Iterable[Tensor]) -> Extracted:
-    """Of uint8 images that come in batches.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    made = [features(part) for batch in batches for part in batch.split(features.batch)]
-    if not made:
-        raise ValueError("there are no images")
-    logits = [one.logits for one in made if one.logits is not None]
-    return Extracted(torch.cat([one.vectors for one in made]), torch.cat(logits) if logits else None)
-
-
 def _rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _torch_fidelity(module: str) -> Any:
-    import importlib
-
+def _torch_fidelity(module: str, name: str) -> Any:
+    """A class of torch-fidelity's, which warns of much while it is made."""
     repair_torchvision()
     try:
-        return importlib.import_module(f"torch_fidelity.{module}")
+        kind = getattr(importlib.import_module(f"torch_fidelity.{module}"), name)
     except ImportError as error:
         raise DependencyError(
             "FID, KID and the Inception score need the package torch-fidelity, which cannot be imported",
             "pip install 'cmtool[evaluate]', or use --features random",
         ) from error
+
+    def make(*args: Any, **options: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return kind(*args, **options)
+
+    return make

@@ -62,6 +62,9 @@ def vectors_of(
     """The vectors of uint8 images in each of the features, of all processes together; on the first one only.
 
     The images are gone through once, and only their vectors are kept.
+
+    Raises:
+        ValueError: if there are none.
     """
     own: dict[str, list[Extracted]] = {name: [] for name in features}
     for images in batches:
@@ -71,6 +74,8 @@ def vectors_of(
     for name, made in own.items():
         parts = [one for share in processes.gathered(made) for one in share]
         if processes.first:
+            if not parts:
+                raise ValueError("there are no images")
             logits = [one.logits for one in parts if one.logits is not None]
             found[name] = Extracted(torch.cat([one.vectors for one in parts]), torch.cat(logits) if logits else None)
     return found
@@ -98,10 +103,14 @@ def pictures_of(
     indices = range(len(data))[processes.share(len(data))]
     for begin in range(0, len(indices), _READ):
         part = indices[begin : begin + _READ]
-        images = data.batch(torch.tensor(part))[0]
-        assert images is not None
-        yield to_uint8(images) if images.is_floating_point() else images
+        yield rounded(data.batch(torch.tensor(part))[0])
         progress(begin + len(part))
+
+
+def rounded(images: Tensor | None) -> Tensor:
+    """Images of a data set as uint8."""
+    assert images is not None
+    return to_uint8(images) if images.is_floating_point() else images
 
 
 def samples(

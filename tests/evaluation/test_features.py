@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cmtool.errors import DataError
-from cmtool.evaluation.features import RandomFeatures, extract
+from cmtool.evaluation.features import RandomFeatures
+from cmtool.evaluation.judging import vectors_of
 from cmtool.evaluation.proxy import Proxy
 from cmtool.evaluation.statistics import frechet, statistics
 from cmtool.generate import generate
@@ -28,7 +29,7 @@ def test_an_image_by_itself_is_as_in_a_batch(channels, size):
     whole = features(images).vectors
     alone = torch.cat([features(image[None]).vectors for image in images])
     assert whole == pytest.approx(alone, rel=1e-5, abs=1e-6)
-    parts = extract(features, [images[:2], images[2:]])
+    parts = vectors_of({"random": features}, [images[:2], images[2:]])["random"]
     assert torch.equal(parts.vectors, torch.cat([features(images[:2]).vectors, features(images[2:]).vectors]))
 
 
@@ -58,7 +59,7 @@ def test_refusals():
     with pytest.raises(DataError, match="random features are of images"):
         RandomFeatures(3)(pictures(2, 4))
     with pytest.raises(ValueError, match="no images"):
-        extract(RandomFeatures(), [])
+        vectors_of({"random": RandomFeatures()}, [])
 
 
 class Made:
@@ -81,7 +82,8 @@ def test_the_proxy_is_nothing_where_the_data_is_what_the_model_makes(role):
     images = torch.cat([to_uint8(part.images) for part in generate(made, range(12), **solver)])
     proxy = Proxy(Made(images))
     assert proxy.name(made) == "fd_random@12"
-    assert Proxy.suits(made)
+    assert proxy.suits(made)
+    assert not Proxy(Made(images[:1])).suits(made)
     assert proxy(made) == pytest.approx(0, abs=1e-9)
     assert Proxy(Pictures(12))(made) > 0.01
 
