@@ -44,9 +44,10 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 demo-short/student/model.safetensors:
 	$(MAKE) demo-short
 
+# In the order of the files: few long tests stand in some, and those must not come last.
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
