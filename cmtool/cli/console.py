@@ -7,6 +7,7 @@ to stderr; `--quiet` silences the first two. rich is loaded where there is a ter
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -26,6 +27,11 @@ def set_quiet(quiet: bool) -> None:
 def emit_json(value: Mapping[str, Any]) -> None:
     """Print one object as the result of a command."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def finite(value: float | None) -> float | None:
+    """A number for `emit_json`; JSON has no word for one that is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def emit_line(text: object, *, at_once: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -137,7 +136,7 @@ def _likeness(image: Tensor, truth: Tensor | None, alike: Callable[[Tensor, Tens
     from cmtool.io.images import from_uint8
 
     near, similar = float(psnr(image[None], truth[None])), float(ssim(image[None], truth[None]))
-    found = {"psnr": round(near, 3) if math.isfinite(near) else None, "ssim": round(similar, 4)}
+    found = {"psnr": console.finite(round(near, 3)), "ssim": round(similar, 4)}
     if alike is not None:
         found["lpips"] = round(float(alike(from_uint8(image)[None], from_uint8(truth)[None])), 5)
     return found

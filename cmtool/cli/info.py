@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 import typer
@@ -38,7 +37,7 @@ def info(
 
         flow = assemble(imported or loading.read(model, role=role))  # type: ignore[arg-type]
         findings = checks.examine(flow)
-        checked = {"boundary": _finite(findings.boundary), "largest": _finite(findings.largest)}
+        checked = {"boundary": console.finite(findings.boundary), "largest": console.finite(findings.largest)}
         doubts += findings.doubts
     described = card | described | checked | {"notes": doubts}
     if as_json:
@@ -75,11 +74,6 @@ def _rows(described: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, An
         *((name, card.get(name)) for name in ("data", "source", "licence")),
         ("boundary", None if boundary is None else f"max |f(x, t_min) - x| = {boundary:.2g}"),
     ]
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no word for the numbers of a broken network; its doubts say it."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _component(value: dict[str, Any]) -> str:

@@ -120,10 +120,11 @@ def _stored_references(
     from cmtool.evaluation.metrics import Reference
     from cmtool.evaluation.statistics import Statistics
     from cmtool.io import extractors
+    from cmtool.io.files import sha256_of
 
     held = extractors.read_statistics(source)
     found = {}
-    about: dict[str, Any] = {"source": source, "sha256": extractors.sha256(Path(source))}
+    about: dict[str, Any] = {"source": source, "sha256": sha256_of(Path(source))}
     for name, extractor in features.items():
         key = extractor.name
         if key not in held:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+from cmtool.cli import console
 
 if TYPE_CHECKING:
     import torch
@@ -93,8 +94,8 @@ class Logbook:
         line = {
             "step": report.step,
             "images": report.images,
-            "loss": _finite(loss),
-            "grad_norm": _finite(float(report.grad_norm)),
+            "loss": console.finite(loss),
+            "grad_norm": console.finite(float(report.grad_norm)),
             "lr": report.lr,
             "images_per_second": round(speed, 1),
             "seconds_left": round((trainer.recipe.iterations - report.step) * each, 1),
@@ -151,7 +152,7 @@ class Levels:
         losses, counts = team.sum(self._sums.clone()).tolist()
         self._sums.zero_()
         return {
-            f"{10.0**decade:g}": _finite(loss / count)
+            f"{10.0**decade:g}": console.finite(loss / count)
             for decade, loss, count in zip(range(self._FIRST, self._LAST + 1), losses, counts, strict=True)
             if count
         }
@@ -172,8 +173,3 @@ def preview(trainer: Trainer) -> Tensor | None:
     made = [to_uint8(part.images) for part in generate(model, own, labels=labels, solver=solver)]
     parts = [part for share in team.gathered(made) for part in share]
     return grid(torch.cat(parts)) if team.first else None
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no word for the numbers of a training that has just diverged."""
-    return value if math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtool.errors import DependencyError
+from cmtool.io.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +38,7 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
         raise DependencyError(f"LPIPS needs the weights of its {net} trunk, and there is no {path}", hint)
     promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     try:
-        if promised and not _sha256(path).startswith(promised[1]):
+        if promised and not sha256_of(path).startswith(promised[1]):
             raise DependencyError(f"{path} is damaged: its SHA-256 does not start with {promised[1]}", hint)
         if path.suffix == ".safetensors":
             state: Mapping[str, Tensor] = load_file(path)
@@ -52,8 +52,3 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
     if "features.0.weight" not in features:
         raise DependencyError(f"{path} holds the weights of something else: no features.0.weight", hint)
     return features
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 import zipfile
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmtool.errors import DataError, DependencyError
-from cmtool.io.files import write_atomic
+from cmtool.io.files import sha256_of, write_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +38,7 @@ def find_inception(given: Path | None = None) -> tuple[Path, str]:
     hint = f"put torch-fidelity's {INCEPTION} there or name it with --weights, or use --features random"
     if not path.is_file():
         raise DependencyError(f"FID needs the weights of its Inception network, and there is no {path}", hint)
-    digest = sha256(path)
+    digest = sha256_of(path)
     if path.name == INCEPTION and not digest.startswith("6726825d"):
         raise DependencyError(f"{path} is damaged: its SHA-256 does not start with 6726825d", hint)
     try:
@@ -68,7 +67,7 @@ def find_dinov2() -> tuple[Path, str]:
                 f"FD-DINOv2 needs facebookresearch/dinov2 in torch.hub's folder, and there is no {place}",
                 "fetch it once: python -c \"import torch; torch.hub.load('facebookresearch/dinov2', 'dinov2_vitl14')\"",
             )
-    return path, sha256(path)
+    return path, sha256_of(path)
 
 
 def read_extractor(path: Path) -> tuple[torch.nn.Module, str]:
@@ -92,13 +91,7 @@ def read_extractor(path: Path) -> tuple[torch.nn.Module, str]:
         raise DataError(
             f"--features {path} is no exported network", "save one with torch.jit.save, or torch.export.save as .pt2"
         ) from error
-    return module, sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """Of a file, as 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return module, sha256_of(path)
 
 
 # Reference statistics.

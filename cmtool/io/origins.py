@@ -40,7 +40,7 @@ from cmtool import __version__, cache
 from cmtool.errors import CheckpointError, UserError
 from cmtool.io import catalogue, hub
 from cmtool.io.catalogue import Released
-from cmtool.io.files import write_atomic
+from cmtool.io.files import sha256_of, write_atomic
 
 Progress = Callable[[int, int | None], None]  # bytes there so far, bytes in all
 
@@ -291,7 +291,7 @@ def _there(file: Path, released: Released | None) -> bool:
     if record.fits(stat) and sha256 == record.sha256 and size == record.bytes:
         return True
     _refuse_stand_in(_start(file), str(file))
-    found = _sha256(file)
+    found = sha256_of(file)
     if (size is not None and stat.st_size != size) or (sha256 is not None and found != sha256):
         known = f"{size:,} bytes" if size is not None and stat.st_size != size else f"SHA-256 {sha256}"
         raise CheckpointError(
@@ -334,11 +334,6 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     text = json.dumps(value, indent=2) + "\n"
     write_atomic(file, lambda stream: stream.write(text.encode()))
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -402,7 +397,7 @@ def _download(url: str, file: Path, released: Released | None, name: str, progre
             reason = error
     else:
         raise CheckpointError(f"cannot download {name}: {reason}", "try again later; it goes on where it stopped")
-    found = _sha256(part)
+    found = sha256_of(part)
     if sha256 is not None and found != sha256:
         _forget(part)
         raise CheckpointError(

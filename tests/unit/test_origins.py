@@ -423,7 +423,7 @@ def test_a_file_put_there_by_hand_is_accepted_if_it_is_right(site, cache, releas
 def test_a_verified_file_is_not_read_again(release, monkeypatch):
     release()
     origins.resolve("tiny_model")
-    monkeypatch.setattr(origins, "_sha256", lambda file: pytest.fail("read through again"))
+    monkeypatch.setattr(origins, "sha256_of", lambda file: pytest.fail("read through again"))
     origins.resolve("tiny_model")
 
 
