@@ -88,6 +88,7 @@ OWNERS = {
     "lpips": {"training"},
     "torch_fidelity": {"evaluation"},
     "torchvision": {"training"},
+    "triton": {"networks"},
 }
 STDLIB_AND_CORE = {*sys.stdlib_module_names, "cmtool", "torch", "numpy"}
 SLOW = {

@@ -1,8 +1,8 @@
 """CUDA graphs of a network: its operations are recorded once, and then started all together.
 
 A GPU is done with most operations of a small network before Python has asked for the next one. A graph asks for all at
-once. It is recorded when the same kind of call (shapes, types, with or without a gradient) comes for the second time;
-what cannot be recorded, or only comes once, runs as it is. With CMTOOL_GRAPHS=0 nothing is recorded.
+once. It is recorded when the same kind of call (shapes, types, with or without a gradient) has come often enough to
+come again; what cannot be recorded runs as it is. With CMTOOL_GRAPHS=0 nothing is recorded.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from cmtool.networks import native
 from cmtool.networks.layers import Chance, current_chance, entered
 
 _MOST = 16  # graphs of one network: each holds the memory of its activations
+_TRAINING = 1  # calls of a kind before it is recorded: steps repeat thousands of times
+_SAMPLING = 6  # to record takes as long as some four calls: not worth it for one, two or four steps
 
 
 class Graphs:
@@ -28,11 +30,14 @@ class Graphs:
     A call with a gradient is recorded with its backward pass. Until that was run (or given up), the activations in the
     graph are in use, and another call with a gradient runs as it is. Derivatives of derivatives and forward-mode
     derivatives always run as they are.
+
+    Args:
+        after: calls of a kind before it is recorded.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = weakref.ref(network)  # the network holds this
-        self._recorded: dict[Any, _Recording | None] = {}  # None: seen once
+    def __init__(self, network: nn.Module, after: int) -> None:
+        self._network, self._after = weakref.ref(network), after  # the network holds this
+        self._recorded: dict[Any, _Recording | int] = {}  # a number: how often a kind was seen
         self._refused: set[Any] = set()
 
     def __call__(self, *args: Tensor, **named: Tensor | None) -> Tensor:
@@ -42,12 +47,13 @@ class Graphs:
         key = _kind(network, inputs)
         if key is None or key in self._refused:
             return _direct(network, inputs)
-        if key not in self._recorded:
-            if len(self._recorded) < _MOST:
-                self._recorded[key] = None
+        if key not in self._recorded and len(self._recorded) >= _MOST:
             return _direct(network, inputs)
-        recording = self._recorded[key]
-        if recording is None:
+        recording = self._recorded.get(key, 0)
+        if isinstance(recording, int):
+            if recording < self._after:
+                self._recorded[key] = recording + 1
+                return _direct(network, inputs)
             try:
                 recording = self._recorded[key] = _Recording(network, inputs)
             except RuntimeError:  # an operation that cannot be recorded, or too little memory to keep a graph
@@ -192,10 +198,10 @@ def _kind(network: nn.Module, inputs: dict[Any, Tensor]) -> Any:
     )
 
 
-def record(network: nn.Module) -> None:
+def record(network: nn.Module, after: int = _TRAINING) -> None:
     """Let the calls of a network on a GPU be recorded from now on; in place, for as long as it lives."""
     if native.enabled("CMTOOL_GRAPHS"):
-        network._compiled_call_impl = Graphs(network)
+        network._compiled_call_impl = Graphs(network, after)
 
 
 @contextmanager
@@ -204,7 +210,7 @@ def recorded(network: nn.Module) -> Iterator[None]:
     if network._compiled_call_impl is not None or not next(network.parameters()).is_cuda:
         yield
         return
-    record(network)
+    record(network, _SAMPLING)
     try:
         yield
     finally:

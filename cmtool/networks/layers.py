@@ -1,8 +1,9 @@
 """Layers shared by the networks.
 
 Parameters stay in the type they are stored in and are cast to the type of the activations where they are used (once
-for as long as they do not change): the caller picks the compute type by the type of its input. On a CPU feature maps
-lie channels-last in memory, which is what makes low-precision convolutions fast there; shapes are always [B, C, H, W].
+for as long as they do not change): the caller picks the compute type by the type of its input. On CPUs and GPUs
+feature maps lie channels-last in memory, which is what makes low-precision convolutions fast; shapes are always
+[B, C, H, W].
 """
 
 from __future__ import annotations
@@ -144,7 +145,8 @@ class GroupNorm(nn.GroupNorm):
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
         keys = _keys(x) if dropout else None
         how = native.Shape(self.num_groups, self.eps, silu, *_threshold(dropout))
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        direct = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        if direct and (x.device.type == "cpu" or (x.is_cuda and native.kernels() is not None)):
             return _Normalise.apply(x, added, weight, bias, keys, how)[0]
         return _normalise(x, added, weight, bias, keys, how)
 
@@ -180,19 +182,19 @@ def _fusible(
 
 
 class _Normalise(torch.autograd.Function):
-    """`_normalise` for channels-last tensors on a CPU, where torch's kernel is several times slower than a copy.
+    """`_normalise` for channels-last tensors, where torch's kernel is several times slower than a copy.
 
-    By `native` if that is to be had. Else sums over pixels, which are fast, do all the work: per sample and channel,
-    out = silu(a x + c), and the gradient is dx = a dz + c1 x + c0 with numbers that come from the sums of x, x^2, dz
-    and dz x. Nothing is kept for the backward pass but the input.
+    By `native` or, on a GPU, by `kernels` if that is to be had. Else sums over pixels, which are fast, do all the
+    work: per sample and channel, out = silu(a x + c), and the gradient is dx = a dz + c1 x + c0 with numbers that come
+    from the sums of x, x^2, dz and dz x. Nothing is kept for the backward pass but the input.
     """
 
     @staticmethod
     def forward(
         x: Tensor, added: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, how: native.Shape
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if native.usable(x):
-            return native.forward(x, added, weight, bias, keys, how)
+        if (fast := native.backend(x)) is not None:
+            return fast.forward(x, added, weight, bias, keys, how)
         if added is not None:
             x = x + _pixels(added, x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -225,8 +227,8 @@ class _Normalise(torch.autograd.Function):
             dx = project(grad * weight[:, :, None, None])
             d_added = None if added is None else dx.sum((2, 3))
             return dx.to(x.dtype), d_added, (grad * hat).sum((2, 3)), grad.sum((2, 3)), None, None
-        if native.usable(x):
-            return *native.backward(grad, x, added, weight, bias, keys, mean, rstd, how), None, None
+        if (fast := native.backend(x)) is not None:
+            return *fast.backward(grad, x, added, weight, bias, keys, mean, rstd, how), None, None
         if added is not None:
             x = x + _pixels(added, x)
         if keys is not None:
@@ -562,7 +564,7 @@ def prepare(
         raise ValueError("a gap was given to a network without two_times")
     elif gap.shape != (batch,):
         raise ValueError(f"gap has shape {tuple(gap.shape)}, not ({batch},)")
-    if x.device.type == "cpu":
+    if x.device.type in ("cpu", "cuda"):
         x = x.contiguous(memory_format=torch.channels_last)
     wide = torch.promote_types(x.dtype, torch.float32)
     return x, noise.to(wide), gap.to(wide)

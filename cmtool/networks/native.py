@@ -13,10 +13,11 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from cmtool import cache
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_GRID = 65535  # samples that a kernel of a GPU is started for, at most
 _SECONDS = 120  # a compiler that has not come back by then does not
 
 
@@ -36,6 +38,50 @@ class Shape(NamedTuple):
     silu: bool
     threshold: int  # of the entries' numbers below 2^32: those under it are dropped
     grown: float
+
+
+class Backend(Protocol):
+    """Something that computes the chain: this module on a CPU, `kernels` on a GPU."""
+
+    def forward(
+        self, x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, shape: Shape
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See this module's."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        pre: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        keys: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        shape: Shape,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """See this module's."""
+
+
+def backend(x: Tensor) -> Backend | None:
+    """What computes the chain on tensors like `x` in one go; None where torch's operations have to."""
+    if usable(x):
+        return sys.modules[__name__]
+    if x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and 0 < len(x) <= _GRID:
+        return kernels()
+    return None
+
+
+@functools.cache
+def kernels() -> Backend | None:
+    """The module `kernels`; None without Triton, which comes with torch for GPUs on Linux."""
+    if not enabled("CMTOOL_NATIVE"):
+        return None
+    with suppress(ImportError):
+        from cmtool.networks import kernels as found
+
+        return found
+    return None
 
 
 def usable(x: Tensor) -> bool:
@@ -60,7 +106,7 @@ def forward(
     y = torch.empty_like(x)
     mean = torch.empty(len(x), shape.groups)
     rstd = torch.empty(len(x), shape.groups)
-    _call("norm_forward", x, (x, *_rows(pre, weight, bias), _words(keys), y, mean, rstd), shape)
+    _call("norm_forward", x, (x, *_rows(pre, weight, bias), words(keys), y, mean, rstd), shape)
     return y, mean, rstd
 
 
@@ -80,7 +126,7 @@ def backward(
     dx = torch.empty_like(x)
     dweight, dbias = _new(x), _new(x)
     dpre = None if pre is None else _new(x)
-    known = (*_rows(pre, weight, bias), _words(keys), mean, rstd)
+    known = (*_rows(pre, weight, bias), words(keys), mean, rstd)
     _call("norm_backward", x, (dy, x, *known, dx, dpre, dweight, dbias), shape)
     return dx, dpre, dweight, dbias
 
@@ -97,7 +143,7 @@ def _rows(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.to(torch.float32).contiguous() for tensor in tensors)
 
 
-def _words(keys: Tensor | None) -> Tensor | None:
+def words(keys: Tensor | None) -> Tensor | None:
     """The keys as 32 bits each; torch's unsigned type lacks most operations."""
     return None if keys is None else torch.where(keys < 2**31, keys, keys - 2**32).to(torch.int32)
 
