@@ -358,7 +358,8 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     """
     batch, _, height, width = qkv.shape
     dtype = qkv.dtype
-    if qkv.device.type == "cpu":  # where the gradient of torch's bfloat16 kernel is several times slower
+    if qkv.device.type == "cpu" and torch.is_grad_enabled():
+        # Without a gradient torch's bfloat16 kernel is the faster one; its gradient is several times slower.
         qkv = qkv.to(torch.promote_types(dtype, torch.float32))
     pixels = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, 3, num_heads, -1)
     q, k, v = (part.transpose(1, 2) for part in pixels.unbind(2))

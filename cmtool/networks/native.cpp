@@ -11,6 +11,10 @@
 #include <stdint.h>
 #include <string.h>
 
+// Loops over memory are functions of their own: inside of what OpenMP makes of a parallel region the compiler finds
+// their accesses too complicated for vector instructions.
+#define ALONE __attribute__((noinline))
+
 namespace {
 
 struct bf16 {
@@ -32,12 +36,17 @@ inline void store(bf16 &place, float value) {
     place.bits = (wide & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)even;
 }
 
-// exp(x) within 2 units in the last place on [-87, 88]; the ends stand for what is beyond. Written out so that the
-// compiler turns it into vector instructions.
-inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    float n = (x * 1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number: 1.5 * 2^23 has no fractions
-    float r = x - n * 0.693359375f;
+// exp(-|x|) within 2 units in the last place; what is beyond 87 counts as 87. Written out so that the compiler turns it
+// into vector instructions. The limit is a minimum of whole numbers, the bits of |x|: of a choice between floats it makes
+// results for both ends and picks later, and an entry times the smallest number there is takes a hundred times as long.
+inline float decay(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits &= 0x7FFFFFFF;
+    bits = bits < 0x42AE0000 ? bits : 0x42AE0000;
+    memcpy(&x, &bits, 4);
+    float n = (x * -1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number: 1.5 * 2^23 has no fractions
+    float r = -x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
@@ -52,7 +61,10 @@ inline float exponential(float x) {
     return p * power;
 }
 
-inline float sigmoid(float z) { return 1.0f / (1.0f + exponential(-z)); }
+inline float sigmoid(float z) {
+    float e = decay(z);
+    return (z >= 0 ? 1.0f : e) / (1.0f + e);
+}
 
 // A number for each entry of a sample; `layers.kept` is the same function. Entries below the threshold are dropped.
 inline uint32_t mixed(uint32_t entry, uint32_t key) {
@@ -72,7 +84,8 @@ struct Shape {
 
 // Sums over pixels [from, to) of u - origin and its square, per channel.
 template <class T>
-void sums(const T *x, const float *origin, float *s1, float *s2, long from, long to, long C) {
+ALONE void sums(const T *__restrict x, const float *__restrict origin, float *__restrict s1, float *__restrict s2,
+                long from, long to, long C) {
     long p = from;
     for (; p + 4 <= to; p += 4) {
         const T *r0 = x + p * C, *r1 = r0 + C, *r2 = r1 + C, *r3 = r2 + C;
@@ -120,13 +133,15 @@ void finish(const Shape &s, const float *origin, const float *pre, const float *
 }
 
 template <class T, bool SILU, bool DROP>
-void apply(const Shape &s, const T *x, T *y, const float *factor, const float *offset, uint32_t key, long from, long to) {
+ALONE void apply(const Shape &s, const T *__restrict x, T *__restrict y, const float *__restrict factor,
+                 const float *__restrict offset, uint32_t key, long from, long to) {
+    const long C = s.C;
     for (long p = from; p < to; p++) {
-        const T *in = x + p * s.C;
-        T *out = y + p * s.C;
-        uint32_t first = (uint32_t)(p * s.C);
+        const T *in = x + p * C;
+        T *out = y + p * C;
+        uint32_t first = (uint32_t)(p * C);
 #pragma omp simd
-        for (long c = 0; c < s.C; c++) {
+        for (long c = 0; c < C; c++) {
             float z = factor[c] * load(in[c]) + offset[c];
             float value = SILU ? z * sigmoid(z) : z;
             if (DROP) value = mixed(first + (uint32_t)c, key) < s.threshold ? 0.0f : value * s.grown;
@@ -199,14 +214,17 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
 
 // dz into dx (rounded to T), and the sums of dz and dz hat per channel.
 template <class T, bool SILU, bool DROP>
-void slopes(const Shape &s, const T *dy, const T *x, T *dx, const float *factor, const float *offset, const float *one,
-            const float *less, float *s1, float *s2, uint32_t key, long from, long to) {
+ALONE void slopes(const Shape &s, const T *__restrict dy, const T *__restrict x, T *__restrict dx,
+                  const float *__restrict factor, const float *__restrict offset, const float *__restrict one,
+                  const float *__restrict less, float *__restrict s1, float *__restrict s2, uint32_t key, long from,
+                  long to) {
+    const long C = s.C;
     for (long p = from; p < to; p++) {
-        const T *in = x + p * s.C, *grad = dy + p * s.C;
-        T *out = dx + p * s.C;
-        uint32_t first = (uint32_t)(p * s.C);
+        const T *in = x + p * C, *grad = dy + p * C;
+        T *out = dx + p * C;
+        uint32_t first = (uint32_t)(p * C);
 #pragma omp simd
-        for (long c = 0; c < s.C; c++) {
+        for (long c = 0; c < C; c++) {
             float value = load(in[c]), d = load(grad[c]);
             if (DROP) d = mixed(first + (uint32_t)c, key) < s.threshold ? 0.0f : d * s.grown;
             if (SILU) {
@@ -231,8 +249,9 @@ void slopes_any(const Shape &s, const T *dy, const T *x, T *dx, const float *fac
 
 // dx = factor dz + slope x + level, and its sum per channel.
 template <class T>
-void gradient(const T *x, T *dx, const float *factor, const float *slope, const float *level, float *total, long from,
-              long to, long C) {
+ALONE void gradient(const T *__restrict x, T *__restrict dx, const float *__restrict factor,
+                    const float *__restrict slope, const float *__restrict level, float *__restrict total, long from,
+                    long to, long C) {
     for (long p = from; p < to; p++) {
         const T *in = x + p * C;
         T *out = dx + p * C;
