@@ -11,7 +11,8 @@ from cmtool.errors import UsageError
 
 
 def denoise(
-    model: options.Model,
+    *,
+    model: options.Model = None,
     image: options.Image,
     out: options.Out,
     sigma: Annotated[
@@ -37,6 +38,7 @@ def denoise(
     from cmtool.generate import check_images
     from cmtool.io.images import from_uint8, read_image, to_uint8, write_image
 
+    model = images.chosen(model)
     flow = images.ready(images.read_model(model), device=device, precision=precision)
     given = check_images(from_uint8(read_image(image, flow.card.channels)), flow)
     level = float(starts.estimate_sigma(given)) if sigma is None else sigma / 127.5

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Request:
     """The options of an edit, as they stand on the command line."""
 
-    model: options.Model
+    model: options.Model = None
     image: options.Image
     out: options.Out
     seeds: options.Seeds = "0"
@@ -87,7 +87,8 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     from cmtool.generate import Generated, in_batches, labels_for
     from cmtool.io.images import read_image
 
-    imported = images.read_model(request.model, role="consistency")
+    source = images.chosen(request.model)
+    imported = images.read_model(source, role="consistency")
     card = imported.card
     edit = read(card)
     height, width = edit.op.pinv(edit.known).shape[-2:]
@@ -125,7 +126,7 @@ def run(title: str, request: Request, read: Callable[[ModelCard], Edit]) -> None
     if request.compare is not None:
         _compare(request.compare, edit, truth, answers, seeds)
     if request.as_json:
-        console.emit_json({"images": described, "image": request.image, "model": request.model})
+        console.emit_json({"images": described, "image": request.image, "model": source})
 
 
 def _likeness(image: Tensor, truth: Tensor | None, alike: Callable[[Tensor, Tensor], Tensor] | None) -> dict[str, Any]:

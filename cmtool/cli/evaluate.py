@@ -26,7 +26,8 @@ _ODE_SEEDS = 256  # images whose ODE is solved, at most
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Option("--model", metavar="SOURCE", help="The model whose samples are judged.")
+        str | None,
+        typer.Option("--model", metavar="SOURCE", help="The model whose samples are judged. [default: as of sample]"),
     ] = None,
     data: Annotated[
         str | None,
@@ -89,6 +90,7 @@ def evaluate(
     team = processes.join()
     place = policy.device(device)
     wanted = parse_metrics([name for name in names if name != _ODE], features)
+    model = images.chosen(model) if pictures is None else None
     flow = images.ready(images.read_model(model, role=role), device=device, precision=precision) if model else None  # type: ignore[arg-type]
     if flow is not None and wanted:
         check_role(flow, solver)
@@ -147,14 +149,14 @@ def _check(
     out: Path | None,
 ) -> None:
     """Refuse what does not go together, before anything is loaded."""
-    if (model is None) == (pictures is None):
-        raise UsageError("evaluate takes a --model or --images", "for example --model runs/student --data digits")
+    if model is not None and pictures is not None:
+        raise UsageError("evaluate takes a --model or --images, not both", "leave one of the two out")
     if data is None and names != [_ODE]:
         raise UsageError("missing option '--data'", "what to compare with: images, or a file of statistics")
     if (_ODE in names) != (teacher is not None):
         missing = "a --teacher" if teacher is None else f"--metrics {_ODE}"
         raise UsageError(f"the ODE error takes both: {missing} is missing", f"add --metrics {_ODE} --teacher SOURCE")
-    if _ODE in names and model is None:
+    if _ODE in names and pictures is not None:
         raise UsageError(f"{_ODE} is of a model, and images have none", f"leave out {_ODE}, or name a --model")
     if steps is not None and times is not None:
         raise UsageError("--steps and --times say the same thing twice", "give one of the two")

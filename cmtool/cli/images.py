@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -84,6 +85,12 @@ def check_folder(option: str, folder: Path) -> None:
         raise UsageError(f"{option}: nothing can be written to {above}", "name another place")
 
 
+def free_name(stem: str, ending: str) -> str:
+    """The first of stem.ending, stem-2.ending, ... in this folder that nothing is called yet."""
+    names = (f"{stem}{'' if number == 1 else f'-{number}'}{ending}" for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
+
+
 def is_animation(target: str) -> bool:
     """Whether a file is one of moving images, by its name."""
     return Path(target).suffix.lower() in (".apng", ".webp")
@@ -93,6 +100,16 @@ def one_result(as_json: bool, *targets: str | None) -> None:
     """stdout takes one result: an image, or the JSON object."""
     if [*targets, "-" if as_json else None].count("-") > 1:
         raise UsageError("stdout takes one result, an image or the --json object", "write the images to files")
+
+
+def chosen(model: str | None) -> str:
+    """What `--model` names; without it the model in the box, which is said."""
+    if model is not None:
+        return model
+    from cmtool.io.box import BOXED, DEFAULT
+
+    console.note(f"no --model: {DEFAULT} ({BOXED[DEFAULT].title}), which comes with cmtool")
+    return DEFAULT
 
 
 def read_model(source: str, *, role: Role | None = None, assume: Role | None = None) -> Imported:

@@ -10,7 +10,8 @@ from cmtool.cli import console, images, options
 
 
 def interpolate(
-    model: options.Model,
+    *,
+    model: options.Model = None,
     out: Annotated[
         str, typer.Option("--out", metavar="FILE", help="A strip (.png, .jpg, ...), or an animation: .apng or .webp.")
     ],
@@ -47,6 +48,7 @@ def interpolate(
     from cmtool import starts
     from cmtool.io.images import grid, to_uint8, write_animation, write_image
 
+    model = images.chosen(model)
     flow = images.ready(images.read_model(model), device=device, precision=precision)
     chosen = images.labels(flow, labels)
     made = to_uint8(

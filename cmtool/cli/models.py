@@ -1,4 +1,4 @@
-"""`cmtool models`: the released checkpoints that cmtool knows by name."""
+"""`cmtool models`: the models that cmtool knows by name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import typer
 
 from cmtool.cli import console, options
+from cmtool.io.files import sha256_of
 
 app = typer.Typer(no_args_is_help=True, help="List the released models that --model takes by name.")
 
 _FAMILIES = {
+    "cmtool": "comes with cmtool",
     "openai": "OpenAI",
     "edm": "NVlabs EDM",
     "edm2": "NVlabs EDM2",
@@ -21,15 +23,35 @@ _FAMILIES = {
 
 @app.command("ls")
 def ls(as_json: options.Json = False) -> None:
-    """List the released models: name, what it is, origin, licence, size, SHA-256, how to sample, whether it is here.
+    """List the models known by name: what each is, origin, licence, size, SHA-256, how to sample, whether it is here.
 
     Sizes with a ~ are estimates. Publishers give no checksums: a file's is shown once it was fetched. Times are those
     that --steps 2 samples at.
     """
-    from cmtool.io import origins
+    from cmtool.io import checkpoint, origins
+    from cmtool.io.box import BOXED, LICENCE
     from cmtool.io.catalogue import RELEASED
 
     described: list[dict[str, Any]] = []
+    for boxed in BOXED.values():
+        header = checkpoint.header(boxed.file)
+        card = header["card"]
+        described.append(
+            {
+                **asdict(boxed),
+                "family": "cmtool",
+                "role": card["role"],
+                "resolution": card["resolution"],
+                "num_classes": card["num_classes"],
+                "licence": LICENCE,
+                "parameters": header["parameters"],
+                "size": header["bytes"],
+                "sha256": sha256_of(boxed.file),
+                "path": str(boxed.file),
+                "times": card["times"],
+                "sigmas": next(iter(card["times"].values()), []),
+            }
+        )
     for released in RELEASED.values():
         file = origins.kept(released)
         found = {
@@ -47,10 +69,10 @@ def ls(as_json: options.Json = False) -> None:
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
-    sha256 = model["sha256"] or model["recorded_sha256"]
+    sha256 = model["sha256"] or model.get("recorded_sha256")
     size = f"{model['size'] / 1e6:,.0f} MB" if model["size"] else f"~{model['estimated_size'] / 1e6:,.0f} MB"
     times = ",".join(f"{sigma:.4g}" for sigma in model["sigmas"])
-    sampling = f"times {times}" if times else model["solver"] or "-"
+    sampling = f"times {times}" if times else model.get("solver") or "-"
     return (
         model["name"],
         f"{model['title']}, {model['data']}",

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from cmtool.errors import UsageError, nearest
+from cmtool.io.box import DEFAULT
 
 TRACKERS = ("tensorboard", "wandb")
 SOLVERS = ("euler", "heun", "dpm2", "ddim", "ancestral")
@@ -230,10 +231,17 @@ def parsed(parser: Callable[[str], Any]) -> Any:
 
 
 Model = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--model", metavar="SOURCE", help="A run, a file, a released name, hf:owner/name or https://; see models ls."
+        "--model",
+        metavar="SOURCE",
+        help="A run, a file, hf:owner/name, https://, or a name of models ls. "
+        f"[default: {DEFAULT}, which comes with cmtool]",
     ),
+]
+OwnModel = Annotated[
+    str,
+    typer.Option("--model", metavar="SOURCE", help="A run, a file, hf:owner/name, https://, or a name of models ls."),
 ]
 Role = Annotated[
     str | None,

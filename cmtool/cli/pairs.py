@@ -26,7 +26,7 @@ SEEDS = "0-9999"
 
 
 def pairs(
-    model: options.Model,
+    model: options.OwnModel,
     out: Annotated[str, typer.Option("--out", metavar="FILE", help="The file of pairs, an .npz.")],
     count: Annotated[
         int | None, typer.Option("--count", "-n", metavar="N", min=1, help="How many: the seeds 0 to N-1.")

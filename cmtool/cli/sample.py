@@ -9,9 +9,12 @@ import typer
 from cmtool.cli import console, images, options
 from cmtool.errors import UsageError
 
+_SHOWN = 32  # images, where nothing is asked for
+
 
 def sample(
-    model: options.Model,
+    *,
+    model: options.Model = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="PATH", help="A folder, a file, a name with {seed}; - writes a pipe.")
     ] = None,
@@ -53,12 +56,17 @@ def sample(
     A consistency model makes an image in one network call, a better one in a few; so does a two-time model, without
     new noise between its jumps. A diffusion model (a teacher) needs a --solver. With a --solver, or --landing next, a
     consistency model follows x' = (x - f) / t: no new noise either, but the more steps, the wider its images spread.
-    The image of a seed is the same whatever other seeds are asked for.
+    The image of a seed is the same whatever other seeds are asked for. With no place named, 32 images go into
+    samples.png, made in as many calls as the model recommends.
     """
     if num is not None and seeds is not None:
         raise UsageError("--num and --seeds say the same thing twice", "give one of the two")
-    wanted = options.parse_seeds(f"0-{num - 1}" if num is not None else seeds or "0")
-    if out is None and grid is None:
+    shown = out is None and grid is None and not as_json  # somebody wants to see what this does
+    usual = f"0-{_SHOWN - 1}" if shown else "0"
+    wanted = options.parse_seeds(f"0-{num - 1}" if num is not None else seeds or usual)
+    if shown:
+        grid = images.free_name("samples", ".png")
+    elif out is None and grid is None:
         raise UsageError("there is no place for the images", "add --out out/ or --grid grid.png")
     if steps is not None and times is not None:
         raise UsageError("--steps and --times say the same thing twice", "give one of the two")
@@ -81,8 +89,12 @@ def sample(
     from cmtool.io.images import write_image
 
     team = processes.join()
+    model = images.chosen(model)
     imported = images.read_model(model, role=role)  # type: ignore[arg-type]
     flow = images.ready(imported, device=device, precision=precision)
+    if shown and steps is None and times is None and solver is None and flow.card.times:
+        steps = max(map(int, flow.card.times))
+        console.note(f"{steps} network calls an image, the most this model recommends: --steps 1 is one")
     share = team.share(len(wanted))  # several processes make a part each
     made = generate(
         flow,

@@ -15,7 +15,7 @@ _METRICS = ("fd", "kd", "fid", "kid", "fd-dinov2")  # of those the least is the 
 
 
 def search(
-    model: options.Model,
+    model: options.OwnModel,
     data: judging.ReferenceOption,
     steps: Annotated[str, typer.Option("--steps", metavar="LIST", help="For how many network calls: 2,3,4.")] = "2",
     metric: Annotated[

@@ -6,7 +6,8 @@ from cmtool.cli import console, images, options
 
 
 def stroke(
-    model: options.Model,
+    *,
+    model: options.Model = None,
     image: options.Image,
     out: options.Out,
     seeds: options.Seeds = "0",
@@ -35,6 +36,7 @@ def stroke(
     from cmtool.generate import Generated, check_images, in_batches, labels_for
     from cmtool.io.images import captioned_rows, from_uint8, read_image, write_image
 
+    model = images.chosen(model)
     imported = images.read_model(model, role="consistency")
     known = read_image(image, imported.card.channels)
     flow = images.ready(imported, device=device, precision=precision)

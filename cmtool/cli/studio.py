@@ -11,7 +11,8 @@ from cmtool.cli import console, images, options
 
 
 def studio(
-    model: options.Model,
+    *,
+    model: options.Model = None,
     port: Annotated[
         int, typer.Option("--port", metavar="N", min=0, max=65535, help="Of this machine; 0 takes any that is free.")
     ] = 0,
@@ -26,6 +27,7 @@ def studio(
     """
     from cmtool.studio.server import Studio
 
+    model = images.chosen(model)
     flow = images.ready(images.read_model(model, role="consistency"), device=device, precision=precision)
     with Studio(flow, model, port) as server:
         console.emit_line(server.address, at_once=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
 from cmtool.errors import nearest
+from cmtool.io.box import BOXED
 
 if TYPE_CHECKING:
     from cmtool.flow.flow_map import Role
@@ -257,7 +258,7 @@ RELEASED: dict[str, Released] = {
 
 def suggest(name: str) -> str:
     """The nearest names, or where they are listed."""
-    close = nearest(name, RELEASED)
+    close = nearest(name, [*BOXED, *RELEASED])
     return close if close.endswith("?") else "cmtool models ls lists the released checkpoints"
 
 

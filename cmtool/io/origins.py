@@ -38,7 +38,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from cmtool import __version__, cache
 from cmtool.errors import CheckpointError, UserError
-from cmtool.io import catalogue, hub
+from cmtool.io import box, catalogue, hub
 from cmtool.io.catalogue import Released
 from cmtool.io.files import sha256_of, write_atomic
 
@@ -74,8 +74,8 @@ def resolve(
     """The local path of a model source, downloaded if need be.
 
     Args:
-        source: a path; an https address; `hf:owner/name[@revision][:file]`; a name of `catalogue.RELEASED`. What exists
-            as a path is that path; an `os.PathLike` is never anything else.
+        source: a path; an https address; `hf:owner/name[@revision][:file]`; a name of `box.BOXED` or of
+            `catalogue.RELEASED`. What exists as a path is that path; an `os.PathLike` is never anything else.
         offline: stay off the network; None asks $CMTOOL_OFFLINE and $HF_HUB_OFFLINE.
         progress: called with the bytes there so far and those in all (None if nobody knows).
     Raises:
@@ -97,6 +97,8 @@ def resolve(
         if path.is_file():
             _refuse_stand_in(_start(path), str(path))
         return Located(path, catalogue.by_file(path), text)
+    if isinstance(source, str) and text in box.BOXED:
+        return Located(box.BOXED[text].file, None, text)
     if isinstance(source, str) and text in catalogue.RELEASED:
         released = catalogue.RELEASED[text]
         file = folder() / released.file

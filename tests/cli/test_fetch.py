@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler
 import pytest
 
 from cmtool.io import catalogue, origins
+from cmtool.io.box import BOXED
 from tests.unit.test_origins import serving
 
 BODY = b"weights" * 1000
@@ -47,12 +48,12 @@ def test_the_list(cli, cache):
     result = cli("models", "ls")
     assert (result.code, result.stderr) == (0, "")
     rows = {line.split()[0]: line for line in result.lines}
-    assert list(rows) == list(catalogue.RELEASED)
+    assert list(rows) == [*BOXED, *catalogue.RELEASED]
     for word in ("consistency distillation, LPIPS, bedroom256", "MIT", "~2,105 MB", "times 80,4.366"):
         assert word in rows["cd_bedroom256_lpips"]
     for word in ("NVlabs EDM", "CC-BY-NC-SA-4.0", "--churn 40,0.05,50,1.003"):
         assert word in rows["edm-imagenet-64x64-cond-adm"]
-    assert all(row.endswith("  -") for row in rows.values())
+    assert all(row.endswith("  here" if name in BOXED else "  -") for name, row in rows.items())
     assert not cache.parent.exists()
 
 
@@ -66,7 +67,7 @@ def test_the_list_says_what_is_here(cli, cache):
     described = json.loads(cli("models", "ls", "--json").stdout)
     assert described["folder"] == str(cache)
     models = {model["name"]: model for model in described["models"]}
-    assert list(models) == list(catalogue.RELEASED)
+    assert list(models) == [*BOXED, *catalogue.RELEASED]
     found = models["ct_cat256"]
     assert (found["path"], found["recorded_sha256"]) == (str(cache / "ct_cat256.pt"), SHA)
     assert (found["times"], found["grid_points"], found["role"]) == ([0, 62], 151, "consistency")

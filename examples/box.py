@@ -1,0 +1,110 @@
+"""The models in the box: how the small ones that come with cmtool were made, to be made again.
+
+    python examples/box.py --only digits-small                          about 10 minutes on 2 cores
+    python examples/box.py --only cifar10-small --data CIFAR_FOLDER     about 4 minutes on an NVIDIA H100
+
+Each is a teacher, a student, the times that `cmtool search` finds for it, and its weights in bfloat16: NAME.safetensors
+in --out is the file that lies in `cmtool/box`. CIFAR_FOLDER holds the training images, a folder a class. With --short a
+few steps of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import cmtool
+from cmtool.io import checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Arguments of the commands."""
+
+    data: str
+    title: str  # of the data, in the model's card
+    classes: tuple[str, ...]
+    teacher: tuple[str, ...]
+    student: tuple[str, ...]
+    limit: int  # bytes
+
+
+RECIPES = {
+    "digits-small": Recipe(
+        data="digits:train",
+        title="scikit-learn's handwritten digits, 1,437 images",
+        classes=tuple("0123456789"),
+        teacher=("train", "--preset", "edm", "--iterations", "1200"),
+        student=("distill", "--preset", "cd", "--set", "objective.times.curriculum.num=10", "--iterations", "1000"),
+        limit=2 * 2**20,
+    ),
+    "cifar10-small": Recipe(
+        data="",
+        title="CIFAR-10, 50,000 training images as JPEG",
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        teacher=(
+            *("train", "--preset", "edm", "--network", "small", "--set", "network.num_blocks=2", "--batch", "512"),
+            *("--lr", "1e-3", "--set", "optimizer.clip_norm=1", "--iterations", "2900"),
+        ),
+        student=(
+            *("train", "--preset", "ect", "--batch", "512", "--lr", "5e-4", "--set", "optimizer.clip_norm=1"),
+            *("--iterations", "2100"),
+        ),
+        limit=8 * 2**20,
+    ),
+}
+
+
+def run(*arguments: str | Path) -> None:
+    print("cmtool", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "cmtool", *map(str, arguments)], check=True)
+
+
+def make(name: str, recipe: Recipe, out: Path, *, short: bool) -> Path:
+    """Train the model of that name; its file."""
+    folder = out / name
+    teacher, student = folder / "teacher", folder / "student"
+    less = ("--iterations", "2", "--batch", "4") if short else ()
+    start = ("--teacher", teacher) if recipe.student[0] == "distill" else ("--init", teacher)
+    run(*recipe.teacher, "--data", recipe.data, "--out", teacher, *less, "--overwrite")
+    run(*recipe.student, *start, "--data", recipe.data, "--out", student, *less, "--overwrite")
+    many = ("-n", "16", "--points", "3", "--steps", "2") if short else ("-n", "2000", "--steps", "2,3,4")
+    run("search", "--model", student, "--data", recipe.data, "--features", "random", *many, "--write")
+    return finish(student, recipe, out / f"{name}.safetensors")
+
+
+def finish(student: Path, recipe: Recipe, target: Path) -> Path:
+    """The file that goes into the package: half the size, and a card that says what the images were, not where."""
+    model = cmtool.load(student)
+    known = {"data": recipe.title, "class_names": recipe.classes, "licence": "Apache-2.0", "teacher": "", "source": ""}
+    model.card = replace(model.card, **known)
+    checkpoint.save(model, target, dtype=torch.bfloat16)
+    size = target.stat().st_size
+    if size > recipe.limit:
+        raise SystemExit(f"{target} takes {size:,} bytes, more than {recipe.limit:,}")
+    print(f"{target}: {size:,} bytes")
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=RECIPES, help="one of them")
+    parser.add_argument("--data", help="the folder of the CIFAR-10 training images")
+    parser.add_argument("--out", type=Path, default=Path("box"))
+    parser.add_argument("--short", action="store_true", help="a few steps of each: does everything run?")
+    options = parser.parse_args()
+    for name, recipe in RECIPES.items():
+        if options.only in (None, name):
+            recipe = recipe if recipe.data else replace(recipe, data=options.data)
+            if not recipe.data:
+                raise SystemExit(f"{name} needs --data: the folder of the CIFAR-10 training images")
+            make(name, recipe, options.out, short=options.short)
+
+
+if __name__ == "__main__":
+    main()
