@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cmtool.io.imported import Imported
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+READABLE = (*WRITABLE, ".gif", ".ppm", ".pgm", ".jp2")
 _NOT_WRITABLE = (".gif", ".ppm", ".pgm", ".avif", ".heic", ".jp2", ".svg", ".npy", ".npz", ".zip", ".pt")
 
 

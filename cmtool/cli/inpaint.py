@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ from cmtool.cli.request import taking
 from cmtool.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cmtool.flow.flow_map import ModelCard
 
 _HOLE = 128  # level of what is to be made new, in pictures
@@ -27,21 +30,35 @@ class Request(editing.Request):
         typer.Option("--mask", metavar="FILE", help="White: make this new. [default: the image's transparent part]"),
     ] = None
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Make the other part new instead.")] = False
+    soft_mask: Annotated[
+        bool, typer.Option("--soft-mask", help="Grey in --mask mixes: the lighter, the more of what is new.")
+    ] = False
+
+
+def blended(call: Callable[..., Tensor], images: Tensor, share: Tensor) -> Callable[..., Tensor]:
+    """The answers of `call` mixed with the images they are of, by the share [1, H, W] that is new."""
+    return lambda *args, **how: images + share * (call(*args, **how) - images)
 
 
 @taking(Request)
 def inpaint(request: Request) -> None:
     """Make a part of an image new; the rest stays exactly as it is."""
-    image, mask, invert = request.image, request.mask, request.invert_mask
+    if request.soft_mask and request.mask is None:
+        raise UsageError("--soft-mask is of a --mask, and there is none", "give a grey picture with --mask")
+    image, mask = request.image, request.mask
     if image == "-" and mask == "-":
         raise UsageError("--image - and --mask - cannot share one pipe", "give one of the two as a file")
 
-    def read(card: ModelCard) -> editing.Edit:
+    def read(request: Request, card: ModelCard) -> editing.Edit:
         from cmtool import generate
         from cmtool.editing import Mask
-        from cmtool.io.images import from_uint8, read_image, read_image_with_mask, read_mask
+        from cmtool.io.images import from_uint8, read_image, read_image_with_mask, read_mask, read_soft_mask
 
-        if mask is not None:
+        image, mask, invert, share = request.image, request.mask, request.invert_mask, None
+        if mask is not None and request.soft_mask:
+            known, share = read_image(image, card.channels), read_soft_mask(mask, invert)
+            hole = share > 0
+        elif mask is not None:
             known, hole = read_image(image, card.channels), read_mask(mask, invert)
         else:
             known, transparent = read_image_with_mask(image, card.channels)
@@ -56,6 +73,7 @@ def inpaint(request: Request) -> None:
             console.note("the mask is empty: the image stays as it is (white means new; see --invert-mask)")
         images, op = from_uint8(known)[None], Mask(hole[None])
         shown = known.masked_fill(hole, _HOLE)
-        return editing.Edit(partial(generate.inpaint, images=images, masks=hole), shown, op, op.A(images))
+        call = partial(generate.inpaint, images=images, masks=hole)
+        return editing.Edit(call if share is None else blended(call, images, share), shown, op, op.A(images))
 
     editing.run("inpaint", request, read)

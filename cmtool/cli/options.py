@@ -297,7 +297,9 @@ Times = Annotated[
 Batch = Annotated[
     int | None, typer.Option("--batch", metavar="N", min=1, help="Images computed at once. [default: by their size]")
 ]
-Image = Annotated[str, typer.Option("--image", metavar="FILE", help="The image to edit; - reads a pipe.")]
+Image = Annotated[
+    str, typer.Option("--image", metavar="FILE", help="The image to edit, or a folder of them; - reads a pipe.")
+]
 Out = Annotated[
     str, typer.Option("--out", metavar="PATH", help="A file, a folder, a name with {seed} in it; - writes a pipe.")
 ]

@@ -26,7 +26,7 @@ class Request(editing.Request):
 def superres(request: Request) -> None:
     """Enlarge an image to the model's size. Averaged back down it is the image given."""
 
-    def read(card: ModelCard) -> editing.Edit:
+    def read(request: Request, card: ModelCard) -> editing.Edit:
         from cmtool import generate
         from cmtool.editing import AvgPool
         from cmtool.io.images import from_uint8, read_image

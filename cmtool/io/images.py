@@ -151,6 +151,23 @@ def read_mask(source: str | Path, invert: bool = False) -> Tensor:
     return ~holes if invert else holes
 
 
+def read_soft_mask(source: str | Path, invert: bool = False) -> Tensor:
+    """Read a mask with levels: how much of what is new shows at each pixel.
+
+    The luma tells, from black (nothing) to white (all); of a file with an alpha channel that is not constant, how
+    transparent it is. Arguments and errors as `read_mask`.
+
+    Returns:
+        float32 [1, H, W] in [0, 1].
+    """
+    colour, alpha = _read(source)
+    if alpha is None or _holes(alpha) is None:
+        share = to_tensor(to_channels(flatten(colour, alpha), 1)).float() / 255
+    else:
+        share = 1 - to_tensor(alpha).float() / 255
+    return 1 - share if invert else share
+
+
 def write_image(target: str | Path, image: Tensor) -> None:
     """Write an image; the format goes by the suffix, a PNG goes to standard output for "-".
 

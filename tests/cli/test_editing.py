@@ -255,7 +255,7 @@ def test_the_truth_itself_has_no_error(cli, student, inputs):
     ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "black.png")
     told = json.loads(cli(*ask, "--out", inputs / "o.png", "--truth", inputs / "image.png", "--json").stdout)
     assert told["images"][0] | {"path": ""} == {
-        **{"path": "", "seed": 0, "label": told["images"][0]["label"]},
+        **{"path": "", "image": str(inputs / "image.png"), "seed": 0, "label": told["images"][0]["label"]},
         **{"constraint_error": 0, "psnr": None, "ssim": 1.0},
     }
 
@@ -342,3 +342,96 @@ def test_lpips_of_an_answer(cli, student, inputs, backbone):
     result = cli(*ask[:-1], inputs / "other.pth", "--truth", inputs / "image.png")
     assert result.code == 1
     assert "another network" in result.stderr
+
+
+def folder_of(tmp_path, name, count=3, side=8, seed=0):
+    made = tmp_path / name
+    made.mkdir()
+    pictures = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3))
+    for number, picture in enumerate(pictures):
+        (made / f"{number}.png").write_bytes(png(picture))
+    return made, pictures
+
+
+def test_a_folder_of_images_with_a_mask_each(cli, student, inputs, mask):
+    many, pictures = folder_of(inputs, "many")
+    masks, _ = folder_of(inputs, "masks", 0)
+    for number in range(3):
+        (masks / f"{number}.bmp").write_bytes(png(np.roll(mask, number, 0)))
+    ask = ("inpaint", "--model", student, "--image", many, "--mask", masks, "--edit-steps", 2)
+    result = cli(*ask, "--out", inputs / "done", "--truth", many, "--json")
+    assert result.code == 0, result.stderr
+    described = json.loads(result.stdout)["images"]
+    assert [entry["path"] for entry in described] == [str(inputs / "done" / f"{number}.png") for number in range(3)]
+    for number, entry in enumerate(described):
+        made, kept = read(entry["path"]), np.roll(mask, number, 0) == 0
+        assert entry["image"] == str(many / f"{number}.png")
+        assert (made[kept] == pictures[number][kept]).all()
+        assert not (made[~kept] == pictures[number][~kept]).all()
+        assert entry["psnr"] > 0
+    # One at a time they are the same.
+    alone = ("inpaint", "--model", student, "--image", many / "1.png", "--mask", masks / "1.bmp", "--edit-steps", 2)
+    assert cli(*alone, "--out", inputs / "1.png").code == 0
+    assert (read(inputs / "1.png") == read(inputs / "done" / "1.png")).all()
+
+
+def test_a_folder_with_several_seeds(cli, student, inputs):
+    many, _ = folder_of(inputs, "many", 2)
+    result = cli("colorize", "--model", student, "--image", many, "--out", inputs / "done", "--seeds", "3,5")
+    assert result.code == 0, result.stderr
+    names = [f"{number}-00000{seed}.png" for number in range(2) for seed in (3, 5)]
+    assert result.lines == [str(inputs / "done" / name) for name in names]
+
+
+def test_a_bad_image_of_a_folder_is_left_out_and_told(cli, student, inputs):
+    many, _ = folder_of(inputs, "many")
+    (many / "1.png").write_bytes(b"no image")
+    (many / "notes.txt").write_text("not looked at")
+    result = cli("colorize", "--model", student, "--image", many, "--out", inputs / "done")
+    assert result.code == 1
+    assert "1.png is left out" in result.stderr
+    assert "error: 1 of 3 images could not be edited" in result.stderr
+    assert sorted(file.name for file in (inputs / "done").iterdir()) == ["0.png", "2.png"]
+
+
+def test_what_a_folder_does_not_go_with(cli, student, inputs, mask):
+    many, _ = folder_of(inputs, "many")
+    empty, _ = folder_of(inputs, "empty", 0)
+    ask = ("inpaint", "--model", student, "--image", many, "--mask", inputs / "mask.png")
+    for out in ("-", "one.png", "{seed}"):
+        cli(*ask, "--out", out).error(2, "is a folder, and --out")
+    cli(*ask, "--out", inputs / "done", "--compare", inputs / "c.png").error(2, "--compare shows one image")
+    colour = ("colorize", "--model", student, "--image")
+    cli(*colour, empty, "--out", inputs / "done").error(1, "holds no images")
+    cli(*colour, many, "--truth", empty, "--out", inputs / "done").error(1, "holds no image called 0")
+    (many / "1.bmp").write_bytes(png(np.zeros((8, 8, 3))))
+    cli(*colour, many, "--out", inputs / "done").error(1, "several images called 1")
+    assert not (inputs / "done").exists()
+
+
+def test_a_soft_mask_mixes(cli, student, inputs, picture):
+    levels = np.zeros((8, 8))
+    levels[:, 2:4], levels[:, 4:6], levels[:, 6:] = 64, 128, 255
+    (inputs / "soft.png").write_bytes(png(levels))
+    (inputs / "hard.png").write_bytes(png(255 * (levels > 0)))
+    ask = ("inpaint", "--model", student, "--image", inputs / "image.png")
+    assert cli(*ask, "--mask", inputs / "soft.png", "--soft-mask", "--out", inputs / "soft-out.png").code == 0
+    assert cli(*ask, "--mask", inputs / "hard.png", "--out", inputs / "hard-out.png").code == 0
+    share = (levels / 255)[:, :, None]
+    expected = picture + share * (read(inputs / "hard-out.png") - picture)
+    assert np.abs(read(inputs / "soft-out.png") - expected).max() <= 1
+    assert (read(inputs / "soft-out.png")[:, :2] == picture[:, :2]).all()
+    cli(*ask, "--soft-mask", "--out", inputs / "x.png").error(2, "--soft-mask is of a --mask")
+
+
+def test_the_brightness_that_stays_can_be_another(cli, student, inputs, picture):
+    for text, weights in (("bt709", (0.2126, 0.7152, 0.0722)), ("1,1,2", (0.25, 0.25, 0.5))):
+        result = cli(
+            "colorize", "--model", student, "--image", inputs / "image.png", "--out", inputs / "o.png", "--luma", text
+        )
+        assert result.code == 0, result.stderr
+        made = read(inputs / "o.png") @ np.array(weights)
+        assert np.abs(made - picture @ np.array(weights)).max() <= 1.01
+    for text in ("bt2020", "1,2", "0,0,0", "1,nan,1", "-1,1,1"):
+        ask = ("colorize", "--model", student, "--image", inputs / "image.png", "--out", inputs / "o.png")
+        cli(*ask, "--luma", text).error(2, f"--luma {text}")

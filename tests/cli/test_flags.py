@@ -25,8 +25,8 @@ FLAGS = {
     "pairs": f"--model --out --count -n --seeds --labels --solver --steps --guidance {MAKE}",
     "sample": f"""--model --out --grid --seeds --num -n --labels --steps --times --solver --churn --landing --guidance
         --clip --no-clip --role {MAKE}""",
-    "inpaint": f"--mask --invert-mask {EDIT}",
-    "colorize": EDIT,
+    "inpaint": f"--mask --invert-mask --soft-mask {EDIT}",
+    "colorize": f"--luma {EDIT}",
     "stroke": f"--model --image --out --seeds --labels --times --compare {MAKE}",
     "denoise": "--model --image --out --sigma --labels --device --precision --json",
     "studio": "--model --port --browser --no-browser --device --precision",
