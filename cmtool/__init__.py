@@ -20,6 +20,7 @@ _PUBLIC: dict[str, str] = {
     "inpaint": "cmtool.generate",
     "colorize": "cmtool.generate",
     "superres": "cmtool.generate",
+    "deblur": "cmtool.generate",
     "stroke": "cmtool.starts",
     "denoise": "cmtool.starts",
     "interpolate": "cmtool.starts",

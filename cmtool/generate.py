@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cmtool import networks, rng
-from cmtool.editing import AvgPool, Degradation, Luma, Mask, project, to_range
+from cmtool.editing import AvgPool, Blur, Degradation, Luma, Mask, project, to_range
 from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap, guided
 from cmtool.flow.tiled import tiled
@@ -334,6 +334,38 @@ def superres(
 
     def part(at: slice, seeds: list[int]) -> Tensor:
         return edit(model, op, _rows(images, at), seeds=seeds, labels=labels, times=times, steps=steps)
+
+    return edited(model, len(images), seeds, batch, part)
+
+
+def deblur(
+    model: FlowMap,
+    images: Tensor,
+    kernel: Tensor,
+    *,
+    floor: float = 0.1,
+    seeds: Sequence[int] | None = None,
+    labels: Sequence[int] | int | None = None,
+    times: Sequence[float] | Tensor | None = None,
+    steps: int | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Sharpen images whose blur is known; blurred again they are the images given, as far as it left anything.
+
+    Args:
+        images: float32 [B, C, H, W] in [-1, 1], convolved with `kernel` around the edges.
+        kernel, floor: see `editing.Blur`.
+        seeds, labels, times, steps: see `edit`.
+        batch: images at once, as `generate`.
+    Returns:
+        float32 [len(seeds), C, H, W] in [-1, 1].
+    """
+    images = _images(images)
+    op = Blur(kernel.to(model.device), floor)
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        known = op.A(op.pinv(_rows(images, at).to(model.device)))  # rounding is not of what a blur makes
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
 
     return edited(model, len(images), seeds, batch, part)
 

@@ -25,6 +25,7 @@ from cmtool.cli import (
     console,
     convert,
     data,
+    deblur,
     denoise,
     evaluate,
     fetch,
@@ -60,6 +61,7 @@ app.command("sample")(sample.sample)
 app.command("inpaint")(inpaint.inpaint)
 app.command("colorize")(colorize.colorize)
 app.command("superres")(superres.superres)
+app.command("deblur", short_help="Sharpen an image whose blur is known.")(deblur.deblur)
 app.command("stroke", short_help="Make a picture out of rough strokes.")(stroke.stroke)
 app.command("interpolate", short_help="Show the way from sample to sample.")(interpolate.interpolate)
 app.command("denoise", short_help="Take noise out of an image.")(denoise.denoise)

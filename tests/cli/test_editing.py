@@ -344,6 +344,58 @@ def test_lpips_of_an_answer(cli, student, inputs, backbone):
     assert "another network" in result.stderr
 
 
+def test_deblurring_keeps_what_the_blur_left(cli, student, inputs, picture):
+    rows = np.fft.fft2(picture, axes=(0, 1))
+    kernel = np.zeros((8, 8))
+    kernel[np.ix_([-1, 0, 1], [-1, 0, 1])] = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    response = np.fft.fft2(kernel)[:, :, None]
+    blurred = np.fft.ifft2(rows * response, axes=(0, 1)).real.round()
+    (inputs / "blurred.png").write_bytes(png(blurred))
+    np.save(inputs / "kernel.npy", np.outer([1, 2, 1], [1, 2, 1]))
+    (inputs / "kernel.txt").write_text("1 2 1\n2 4 2\n1 2 1\n")
+    (inputs / "kernel.png").write_bytes(png(np.outer([1, 2, 1], [1, 2, 1]) * 10))
+    ask = ("deblur", "--model", student, "--image", inputs / "blurred.png", "--truth", inputs / "image.png")
+    answers = []
+    for name in ("kernel.npy", "kernel.txt", "kernel.png"):
+        result = cli(*ask, "--kernel", inputs / name, "--out", inputs / "sharp.png", "--json")
+        assert result.code == 0, result.stderr
+        answers.append(read(inputs / "sharp.png"))
+        entry = json.loads(result.stdout)["images"][0]
+        assert entry["constraint_error"] < 20  # the extremes of the picture are at the ends of the range
+    assert (answers[0] == answers[1]).all()
+    assert (answers[0] == answers[2]).all()
+    again = np.fft.ifft2(np.fft.fft2(answers[0], axes=(0, 1)) * response, axes=(0, 1)).real
+    assert np.sqrt(((again - blurred) ** 2).mean()) < 8
+    assert cli(*ask, "--kernel", "gaussian:0.8", "--out", inputs / "sharp.png").code == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "code", "words"),
+    [
+        ("gaussian:x", 2, ["expected a size in pixels"]),
+        ("gaussian:1e9", 2, ["expected a size in pixels"]),
+        ("box:1.5", 2, ["expected a size in pixels"]),
+        ("blurry", 2, ["is no kernel by name and no file", "gaussian:1.5"]),
+        ("bad.npy", 1, ["is no table of numbers"]),
+        ("bad.txt", 1, ["is no table of numbers"]),
+        ("flat.npy", 1, ["no table"]),
+        ("zero.npy", 1, ["has a sum of 0"]),
+        ("nan.npy", 1, ["has a sum of nan"]),
+    ],
+)
+def test_what_is_no_kernel(cli, student, inputs, monkeypatch, kernel, code, words):
+    monkeypatch.chdir(inputs)
+    np.save("flat.npy", np.ones(4))
+    np.save("zero.npy", np.zeros((3, 3)))
+    np.save("nan.npy", np.full((3, 3), np.nan))
+    (inputs / "bad.npy").write_bytes(b"nothing")
+    (inputs / "bad.txt").write_text("1 2\nthree 4\n")
+    ask = ("deblur", "--model", student, "--image", "image.png", "--out", "o.png")
+    cli(*ask, "--kernel", kernel).error(code, *words)
+    cli(*ask, "--kernel", "box:3", "--floor", "1.5").error(2, "--floor 1.5")
+    assert not (inputs / "o.png").exists()
+
+
 def folder_of(tmp_path, name, count=3, side=8, seed=0):
     made = tmp_path / name
     made.mkdir()

@@ -32,6 +32,7 @@ FLAGS = {
     "studio": "--model --port --browser --no-browser --device --precision",
     "interpolate": f"--model --out --seeds --frames --labels --steps --times --solver --loop --fps --scale {MAKE}",
     "superres": f"--factor {EDIT}",
+    "deblur": f"--kernel --floor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",
     "convert": "SRC DST --to --role --resolution --set --overwrite --json",
     "fetch": "NAME --json",

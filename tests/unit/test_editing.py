@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmtool import editing
-from cmtool.editing import AvgPool, Luma, Mask, project, to_range
+from cmtool.editing import AvgPool, Blur, Luma, Mask, project, to_range
 
 HOLE = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
 HOLE[..., 1:3, 2:] = True
@@ -23,10 +23,14 @@ OPERATORS = {
     "luma of other weights": Luma((0.2126, 0.7152, 0.0722)),
     "pool 2": AvgPool(2),
     "pool 4": AvgPool(4),
+    "blur": Blur(torch.tensor([[0.1, 0.2], [0.5, 0.15], [0.0, 0.05]], dtype=torch.float64), 0.4),
+    "blur that loses much": Blur(torch.full((3, 3), 1 / 9, dtype=torch.float64), 0.3),
 }
 SIZE = (3, 4, 4)
 N = 48
 operators = pytest.mark.parametrize("op", OPERATORS.values(), ids=OPERATORS)
+DISJOINT = {name: op for name, op in OPERATORS.items() if op.disjoint}
+disjoint = pytest.mark.parametrize("op", DISJOINT.values(), ids=DISJOINT)
 
 
 def normal(n, seed=0):
@@ -141,7 +145,7 @@ def test_to_range_leaves_what_is_inside_alone(op):
 
 @settings(max_examples=40)
 @given(
-    name=st.sampled_from(sorted(OPERATORS)),
+    name=st.sampled_from(sorted(DISJOINT)),
     seed=st.integers(0, 2**31),
     spread=st.floats(0.1, 3),
     gain=st.floats(0.5, 1),
@@ -168,7 +172,7 @@ def test_to_range_keeps_what_is_known(name, seed, spread, gain):
     assert float(inward.max()) <= 1e-8
 
 
-@operators
+@disjoint
 @pytest.mark.parametrize("corner", [1.0, -1.0])
 def test_to_range_at_the_very_end_of_the_range(op, corner):
     """A white image leaves no freedom at all in what it fixes."""
@@ -179,7 +183,7 @@ def test_to_range_at_the_very_end_of_the_range(op, corner):
     torch.testing.assert_close(op.A(found), y, rtol=0, atol=1e-9)
 
 
-@operators
+@disjoint
 def test_to_range_does_what_it_can_for_the_impossible(op):
     y = op.A(torch.full((1, *SIZE), 1.3, dtype=torch.float64))
     found = to_range(op, project(op, normal(1), y), y)
@@ -187,11 +191,30 @@ def test_to_range_does_what_it_can_for_the_impossible(op):
     torch.testing.assert_close(op.A(found), op.A(torch.ones(1, *SIZE, dtype=torch.float64)))
 
 
-@operators
+@disjoint
 def test_to_range_works_in_float32_too(op):
     y = op.A((normal(8, 1) * 2).clamp(-1, 1).float())
     x = project(op, 3 * normal(8).float(), y)
     torch.testing.assert_close(op.A(to_range(op, x, y)), y, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["blur", "blur that loses much"])
+def test_to_range_comes_near_where_pixels_share_what_is_known(name):
+    op = OPERATORS[name]
+    y = op.A((normal(8, 1) / 2).clamp(-1, 1))
+    x = project(op, normal(8), y)
+    found = to_range(op, x, y)
+    assert float(found.abs().max()) <= 1
+    off, before = (op.A(one) - y for one in (found, x.clamp(-1, 1)))
+    assert float(off.abs().max()) < 0.1 * float(before.abs().max())
+    assert float(off.abs().max()) < 0.01
+
+
+def test_a_blur_is_a_convolution_around_the_edges():
+    x, kernel = normal(1), torch.rand(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+    expected = torch.nn.functional.conv2d(padded.transpose(0, 1), kernel.flip(0, 1)[None, None]).transpose(0, 1)
+    torch.testing.assert_close(Blur(kernel, 1e-9).A(x), expected)
 
 
 def test_to_range_with_nothing_known_is_a_clamp():
