@@ -388,7 +388,7 @@ def pack(
     ):
         parts: Iterable[Source] = opened.parts() if isinstance(opened, Streamed) else [opened]
         plan: Plan | None = None
-        total = _Tally()
+        total, origin = _Tally(), hashlib.sha256()
         for part in parts:
             every = range(len(part.names))
             side = resolution or (plan.resolution if plan else _first_side(part, every))
@@ -397,8 +397,9 @@ def pack(
             begin = total.seen
             for tally, made in _in_chunks_bounded(every, work):
                 total.add(tally.moved(begin))
-                for place, encoded, pixels in made if not total.first_misfit else ():
+                for place, encoded, pixels, digest in made if not total.first_misfit else ():
                     out.add(encoded, pixels, None if part.labels is None else int(part.labels[place]))
+                    origin.update(digest)
                 progress(total.seen, 0 if stream else len(every))
         if plan is not None and total.first_misfit:
             raise _misfit_error(opened.name, plan, total)
@@ -411,6 +412,7 @@ def pack(
         out.finish(
             {
                 "source": opened.name,
+                "source_sha256": origin.hexdigest(),
                 "count": out.count,
                 "resolution": plan.resolution,
                 "channels": plan.channels,
@@ -424,8 +426,8 @@ def pack(
     return report
 
 
-def _packed(source: Source, plan: Plan, places: range) -> tuple[_Tally, list[tuple[int, bytes, bytes]]]:
-    """Images of a source as PNG and as pixels."""
+def _packed(source: Source, plan: Plan, places: range) -> tuple[_Tally, list[tuple[int, bytes, bytes, bytes]]]:
+    """Images of a source as PNG and as pixels, and a digest of what they were before they were cropped."""
     tally, made = _Tally(), []
     for place in places:
         name = source.names[place]
@@ -444,7 +446,7 @@ def _packed(source: Source, plan: Plan, places: range) -> tuple[_Tally, list[tup
         tally.expect(mode, image.size, plan)
         tally.kept.append(place)
         pixels = np.ascontiguousarray(plan.fitted(image))
-        made.append((place, encode(pixels), pixels.tobytes()))
+        made.append((place, encode(pixels), pixels.tobytes(), hashlib.sha256(np.asarray(image).tobytes()).digest()))
     return tally, made
 
 

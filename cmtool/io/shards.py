@@ -2,7 +2,7 @@
 
 A folder that `pack` wrote:
 
-    manifest.json         what was done to the images, and how many there are
+    manifest.json         what was done to the images, how many there are, and a SHA-256 of what they were before
     index.npy             where each image lies, its checksum and its label
     NNNNN.tar             WebDataset's form: KKKKKKKKKK.png, and KKKKKKKKKK.cls where there are labels
 

@@ -103,6 +103,17 @@ class TestPacked:
         pack(tmp_path / "packed", tmp_path / "again", shard_images=2)
         assert open_data(tmp_path / "again").fingerprint == open_data(tmp_path / "packed").fingerprint
 
+    def test_the_source_has_a_checksum_whatever_is_made_of_it(self, tmp_path):
+        source = mixed(tmp_path)
+        found = []
+        for name, side in (("six", 6), ("four", 4), ("changed", 6)):
+            if name == "changed":
+                (source / "cat" / "0.png").write_bytes(encode(pictures(6)[5]))
+            pack(source, tmp_path / name, resolution=side)
+            found.append(json.loads((tmp_path / name / "manifest.json").read_text())["source_sha256"])
+        assert found[0] == found[1] != found[2]
+        assert len(found[0]) == 64
+
     def test_the_manifest_says_what_was_done(self, tmp_path):
         pack(mixed(tmp_path), tmp_path / "packed", resolution=6, crop="center", resize="lanczos")
         manifest = json.loads((tmp_path / "packed" / "manifest.json").read_text())
