@@ -6,15 +6,18 @@ Strokes and noisy images that are followed, and samples on the way from one seed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from cmtool.errors import UsageError
+from cmtool.errors import DataError, UsageError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.flow.tiled import tiled
 from cmtool.generate import Times, check_images, edited, generate, labels_for, noise_of, path_times
 from cmtool.sampler import sample as run_sampler
+from cmtool.solvers import Heun
+from cmtool.times import Karras
 
 # The noise-to-signal ratios of Song et al. (2023), appendix D, for 256x256.
 STROKE = (5.38, 2.24)
@@ -187,6 +190,92 @@ def interpolate(
         noise=noise,
     )
     return torch.cat([part.images for part in made])
+
+
+def between(
+    model: FlowMap,
+    images: Tensor,
+    *,
+    frames: int = 8,
+    steps: int = 18,
+    labels: Sequence[int] | int | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """Samples on the way from image to image: the noise that each comes from, interpolated on the sphere.
+
+    Arguments and errors as `interpolate`, and
+
+    Args:
+        model: a denoiser: `invert` follows its ODE.
+        images: float32 [N, C, H, W] in [-1, 1], two or more of the model's size.
+        steps: of Heun's method, there and back.
+    Returns:
+        float32 [(N - 1) frames + 1, C, H, W] in [-1, 1]. Those of the images are the images, as nearly as both
+        solutions are right.
+    """
+    if len(images) < 2 or frames < 1:
+        raise UsageError("an interpolation takes at least two images, and a frame from each", "two images, 8 frames")
+    known = labels_for(model, [0], labels)
+    label = None if known is None else int(known)
+    origins = invert(model, images, steps=steps, labels=label, batch=batch)
+    count = (len(images) - 1) * frames + 1
+    places, shares = torch.arange(count) // frames, torch.arange(count) % frames / frames
+    after = (places + 1).clamp(max=len(images) - 1)
+    whole = slerp(origins[places], origins[after], shares)
+
+    def noise(at: slice) -> Callable[[int], Tensor]:
+        return lambda _: whole[at].to(model.device)
+
+    made = generate(model, range(count), steps=steps, labels=label, solver="heun", batch=batch, clip=False, noise=noise)
+    return torch.cat([part.images for part in made]).clamp(-1, 1)
+
+
+def invert(
+    model: FlowMap,
+    images: Tensor,
+    *,
+    steps: int = 18,
+    labels: Sequence[int] | int | None = None,
+    batch: int | None = None,
+) -> Tensor:
+    """The noise that the model's ODE makes these images of: solved from the images up to t_max by Heun's method.
+
+    Args:
+        model: a denoiser.
+        images: float32 [B, C, H, W] in [-1, 1] of the model's size.
+        steps: of the solution, on the grid of Karras et al. (2022).
+        labels: see `generate.labels_for`.
+        batch: images at once, as `generate.generate`.
+    Returns:
+        float32 [B, C, H, W], standard normal if the images are as likely as the model's own.
+    Raises:
+        UsageError: for another model than a denoiser. DataError: for images of another size.
+    """
+    if model.card.role != "denoiser":
+        raise UsageError("an image is followed back along the ODE of a denoiser, and this is none", "name its teacher")
+    images = check_images(images, model)
+    side = model.card.resolution
+    if tuple(images.shape[2:]) != (side, side):
+        raise DataError(f"the images are {images.shape[3]}x{images.shape[2]}, the model's {side}x{side}", "resize them")
+    points = Karras(model.card.grid_rho).times(model.path, steps + 1).flip(0)
+    rule, path = Heun(), model.path
+
+    def part(at: slice, seeds: list[int]) -> Tensor:
+        x = images[at].to(model.device)
+        classes = labels_for(model, seeds, labels)
+        wanted = None if classes is None else classes.to(model.device)
+        with torch.inference_mode():
+            for t, s in pairwise(points.tolist()):
+                x = rule.step(
+                    lambda x, t: model.denoised(x, t, wanted),
+                    path,
+                    x,
+                    x.new_full((len(x),), t),
+                    x.new_full((len(x),), s),
+                )
+            return (x / path.sigma(points[-1].to(x))).to("cpu", copy=True)
+
+    return edited(model, len(images), None, batch, part)
 
 
 def slerp(a: Tensor, b: Tensor, share: Tensor) -> Tensor:

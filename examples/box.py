@@ -39,8 +39,8 @@ RECIPES = {
         data="digits:train",
         title="scikit-learn's handwritten digits, 1,437 images",
         classes=tuple("0123456789"),
-        teacher=("train", "--preset", "edm", "--iterations", "1200"),
-        student=("distill", "--preset", "cd", "--set", "objective.times.curriculum.num=10", "--iterations", "1000"),
+        teacher=("train", "--preset", "edm", "--iterations", "900"),
+        student=("distill", "--preset", "cd", "--set", "objective.times.curriculum.num=10", "--iterations", "600"),
         limit=2 * 2**20,
     ),
     "cifar10-small": Recipe(

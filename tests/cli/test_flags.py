@@ -30,7 +30,8 @@ FLAGS = {
     "stroke": f"--model --image --out --seeds --labels --times --compare {MAKE}",
     "denoise": "--model --image --out --sigma --labels --device --precision --json",
     "studio": "--model --port --browser --no-browser --device --precision",
-    "interpolate": f"--model --out --seeds --frames --labels --steps --times --solver --loop --fps --scale {MAKE}",
+    "interpolate": "--model --out --seeds --image --frames --labels --steps --times --solver --loop --fps --scale "
+    f"{MAKE}",
     "superres": f"--factor {EDIT}",
     "deblur": f"--kernel --floor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",

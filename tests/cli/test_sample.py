@@ -376,6 +376,30 @@ def test_the_way_from_seed_to_seed(cli, plain, tmp_path, ending):
     assert np.abs(frames[1].astype(int) - second).max() <= 1
 
 
+def test_the_way_from_image_to_image(cli, teacher, plain, tmp_path):
+    chance = np.random.default_rng(0)
+    for name in "ab":
+        coarse = chance.integers(60, 200, (2, 2, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((8, 8), Image.BICUBIC).save(tmp_path / f"{name}.png")
+    ask = ("--image", tmp_path / "a.png", "--image", tmp_path / "b.png", "--out", tmp_path / "way.png")
+    result = cli("interpolate", "--model", teacher, *ask, "--steps", 6, "--frames", 2, "--json")
+    assert result.code == 0, result.stderr
+    assert json.loads(result.stdout)["images"] == 3
+    with Image.open(tmp_path / "way.png") as found:
+        strip = np.asarray(found)
+    for name, left in (("a", 2), ("b", 2 + 2 * 10)):  # frames of 8 pixels, 2 apart
+        with Image.open(tmp_path / f"{name}.png") as image:
+            off = strip[2:10, left : left + 8].astype(int) - np.asarray(image)
+        assert np.sqrt((off**2).mean()) < 25  # six steps there, and six back
+    many = ("interpolate", "--model", teacher)
+    cli("interpolate", "--model", plain, *ask).error(2, "of a denoiser", "name its teacher")
+    cli(*many, *ask, "--seeds", "1,2").error(2, "--image and --seeds")
+    cli(*many, *ask, "--times", "80").error(2, "followed by Heun's method")
+    cli(*many, *ask[:2], "--out", tmp_path / "w.png").error(2, "needs a second one")
+    Image.new("RGB", (9, 8)).save(tmp_path / "b.png")
+    cli(*many, *ask).error(1, "b.png is 9x8")
+
+
 def test_ways_that_lead_nowhere(cli, plain, teacher, tmp_path):
     ask = ("interpolate", "--model", plain)
     cli(*ask, "--seeds", "3", "--out", tmp_path / "w.png").error(2, "at least two seeds")

@@ -1,0 +1,129 @@
+"""A classifier of CIFAR-10 images, whose features tell how like the real ones generated images are.
+
+    python examples/cifar_judge.py --data CIFAR_FOLDER --test CIFAR_TEST_FOLDER --out judge.pt2
+
+A residual network of 0.7M parameters, trained for some minutes on a CPU, exported with what `cmtool evaluate --features
+judge.pt2` wants: uint8 images [B, 3, 32, 32] in, its 256 features [B, 256] before the last layer out. Distances in them
+are called fd_judge, never FID: that is Inception's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cmtool import precision
+from cmtool.io.data import open_data
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.two = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(width), nn.BatchNorm2d(out)])
+        self.skip = nn.Conv2d(width, out, 1, stride, bias=False) if stride > 1 or width != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norms[0](x))
+        return self.skip(h if not isinstance(self.skip, nn.Identity) else x) + self.two(
+            F.relu(self.norms[1](self.one(h)))
+        )
+
+
+class Classifier(nn.Module):
+    """Logits [B, 10] of images in [-1, 1], and the features they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, 1, 1, bias=False)
+        self.blocks = nn.Sequential(
+            *(Block(32, 64, 1), Block(64, 64, 1), Block(64, 128, 2), Block(128, 256, 2)),
+        )
+        self.norm = nn.BatchNorm2d(256)
+        self.last = nn.Linear(256, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(self.blocks(self.first(x)))).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x))
+
+
+class Features(nn.Module):
+    """What is exported."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(images.float() / 127.5 - 1)
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrored by half, and moved by up to 3 pixels."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    images = torch.where(mirrored, images.flip(-1), images)
+    down, right = torch.randint(7, (2,), generator=generator).tolist()
+    return F.pad(images, (3, 3, 3, 3), mode="reflect")[..., down : down + 32, right : right + 32]
+
+
+def train(data: str, epochs: int, batch: int = 256) -> Classifier:
+    """A classifier of the folder's classes."""
+    known = open_data(data, resolution=32)
+    images, labels = known.images, known.labels
+    model = Classifier().to(memory_format=torch.channels_last).train()
+    low = precision.compute_dtype("auto", torch.device("cpu"))
+    steps = epochs * (len(images) // batch)
+    rule = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(rule, 0.2, total_steps=steps, pct_start=0.25)
+    generator, start, step = torch.Generator().manual_seed(0), time.monotonic(), 0
+    for epoch in range(epochs):
+        for places in torch.randperm(len(images), generator=generator).split(batch)[: len(images) // batch]:
+            x = shifted(images[places].float() / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low is not None):
+                loss = F.cross_entropy(model(x), labels[places], label_smoothing=0.1)
+            rule.zero_grad(set_to_none=True)
+            loss.backward()
+            rule.step()
+            schedule.step()
+            step += 1
+        print(f"epoch {epoch + 1}/{epochs}, loss {float(loss):.3f}, {time.monotonic() - start:.0f} s", flush=True)
+    return model.eval()
+
+
+@torch.inference_mode()
+def accuracy(model: Classifier, data: str) -> float:
+    known = open_data(data, resolution=32)
+    right = [
+        (model(images.float() / 127.5 - 1).argmax(1) == labels).float()
+        for images, labels in zip(known.images.split(500), known.labels.split(500), strict=True)
+    ]
+    return float(torch.cat(right).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the folder of the training images")
+    parser.add_argument("--test", help="the folder of the test images: tell the accuracy")
+    parser.add_argument("--out", type=Path, default=Path("judge.pt2"))
+    parser.add_argument("--epochs", type=int, default=8)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    model = train(options.data, options.epochs)
+    if options.test:
+        print(f"accuracy on {options.test}: {accuracy(model, options.test):.1%}")
+    number = torch.export.Dim("number", min=1, max=2**20)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    torch.export.save(torch.export.export(Features(model), (images,), dynamic_shapes=({0: number},)), options.out)
+    print(options.out)
+
+
+if __name__ == "__main__":
+    main()
