@@ -33,7 +33,6 @@ import numpy as np
 import torch
 from family import Mixture, sliced_wasserstein, within_classes
 from PIL import Image
-from plot import COLOURS, MARKERS, Axis, Series, plot
 from torch import Tensor, nn
 
 from cmtool import precision, rng, spec
@@ -42,6 +41,7 @@ from cmtool.io import checkpoint
 from cmtool.io.data import open_data
 from cmtool.io.images import from_uint8, grid, to_uint8, write_image
 from cmtool.networks.configs import Config, MLPConfig, small
+from cmtool.reporting.plot import COLOURS, MARKERS, Axis, Series, plot
 from cmtool.solvers import SOLVERS, solve
 from cmtool.times import Karras
 from cmtool.training.presets import PRESETS, Shape

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "times": FLOW,
     "sampler": FLOW | {"times"},
     "generate": FLOW | {"editing", "io", "networks", "rng", "sampler", "solvers", "times"},
-    "starts": FLOW | {"generate", "sampler"},
+    "starts": FLOW | {"generate", "sampler", "solvers", "times"},
     "evaluation": FLOW | {"compat", "generate", "io", "processes", "rng", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
@@ -74,7 +74,7 @@ MAY_IMPORT = {
 OWNERS = {
     "typer": {"cli"},
     "rich": {"cli"},
-    "PIL": {"io"},
+    "PIL": {"io", "reporting"},
     "datasets": {"io"},
     "diffusers": {"benchmark"},
     "huggingface_hub": {"io"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
 
@@ -20,25 +21,40 @@ class Line(NamedTuple):
     points: Sequence[tuple[float, float]]
 
 
-def chart(
-    lines: Sequence[Line], *, title: str, x: str, y: str, log_x: bool = False, log_y: bool = False, dots: bool = False
-) -> str:
-    """An SVG of lines over common axes.
+@dataclass(frozen=True)
+class Chart:
+    """Lines over common axes.
 
     Args:
         title: above the chart. x, y: what the axes are.
         log_x, log_y: logarithmic axes; points that are not positive are left out.
         dots: mark the points.
     """
-    drawn = [
-        Line(line.name, [(a, b) for a, b in line.points if _drawable(a, log_x) and _drawable(b, log_y)])
-        for line in lines
-    ]
-    drawn = [line for line in drawn if line.points]
+
+    lines: Sequence[Line]
+    title: str
+    x: str
+    y: str
+    log_x: bool = False
+    log_y: bool = False
+    dots: bool = False
+
+    def drawn(self) -> list[Line]:
+        """What of the lines can be drawn."""
+        able = [
+            Line(one.name, [(a, b) for a, b in one.points if _drawable(a, self.log_x) and _drawable(b, self.log_y)])
+            for one in self.lines
+        ]
+        return [line for line in able if line.points]
+
+
+def svg(chart: Chart) -> str:
+    """The chart as an SVG in a figure, with its legend."""
+    title, drawn = chart.title, chart.drawn()
     if not drawn:
         return f'<p class="none">{escape(title)}: nothing to draw.</p>'
-    across = _Axis([a for line in drawn for a, _ in line.points], log_x, _LEFT, WIDTH - _RIGHT)
-    up = _Axis([b for line in drawn for _, b in line.points], log_y, HEIGHT - _BOTTOM, _TOP)
+    across = _Axis([a for line in drawn for a, _ in line.points], chart.log_x, _LEFT, WIDTH - _RIGHT)
+    up = _Axis([b for line in drawn for _, b in line.points], chart.log_y, HEIGHT - _BOTTOM, _TOP)
     parts: list[str] = []
     for value, place in up.ticks(5):
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
@@ -47,14 +63,14 @@ def chart(
         parts.append(f'<line class="grid" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}" x1="{place:.1f}" x2="{place:.1f}"/>')
         parts.append(f'<text x="{place:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{_number(value)}</text>')
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(chart.x)}</text>')
+    parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(chart.y)}</text>')
     for index, line in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
         at = [(across.place(a), up.place(b)) for a, b in line.points]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
         parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{path}"/>')
-        if dots or len(at) == 1:
+        if chart.dots or len(at) == 1:
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2" fill="{colour}"/>' for a, b in at]
     legend = "".join(
         f'<span><i style="background:{COLOURS[index % len(COLOURS)]}"></i>{escape(line.name)}</span>'

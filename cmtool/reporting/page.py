@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from cmtool.reporting.chart import Line, chart
+from cmtool.reporting.chart import Chart, Line, svg
 
 _SHOWN = 6  # sample grids of a run, at most
 
@@ -58,7 +58,7 @@ def page(runs: Sequence[Run], *, version: str) -> str:
         f"<p>{len(runs)} run{'s' * (len(runs) != 1)}, reported by cmtool {escape(version)}.</p>",
         _overview(runs),
         "<h2>Training</h2>",
-        f'<div class="charts">{_curves(runs)}</div>',
+        _drawn(_curves(runs)),
         *_quality(runs),
         *_odes(runs),
         "<h2>Samples over time</h2>",
@@ -71,6 +71,15 @@ def page(runs: Sequence[Run], *, version: str) -> str:
         f'<link rel="icon" href="data:,"><title>{escape(names)}: cmtool report</title><style>{_STYLE}</style>'
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(body) + "\n</body></html>\n"
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+    """All charts of the page."""
+    return [*_curves(runs), *_quality_charts(runs), *_ode_charts(runs)]
+
+
+def _drawn(shown: Sequence[Chart]) -> str:
+    return f'<div class="charts">{"".join(map(svg, shown))}</div>'
 
 
 def _overview(runs: Sequence[Run]) -> str:
@@ -115,17 +124,17 @@ def _proxy(run: Run) -> Line:
     return Line(run.name, points)
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Run]) -> list[Chart]:
     parts = [
-        chart([_series(run, "loss") for run in runs], title="Loss", x="step", y="loss", log_y=True),
-        chart(
+        Chart([_series(run, "loss") for run in runs], title="Loss", x="step", y="loss", log_y=True),
+        Chart(
             [_series(run, "grad_norm") for run in runs], title="Norm of the gradient", x="step", y="norm", log_y=True
         ),
-        chart([_series(run, "images_per_second") for run in runs], title="Speed", x="step", y="images/s"),
+        Chart([_series(run, "images_per_second") for run in runs], title="Speed", x="step", y="images/s"),
     ]
     if any(_proxies(run) for run in runs):
         title = "Quality while training: Fréchet distance in random features, no FID"
-        parts.append(chart([_proxy(run) for run in runs], title=title, x="step", y="fd_random", log_y=True, dots=True))
+        parts.append(Chart([_proxy(run) for run in runs], title=title, x="step", y="fd_random", log_y=True, dots=True))
     for run in runs:
         levels = sorted({level for line in run.lines for level in line.get("loss_by_noise") or {}}, key=float)
         lines = [
@@ -139,60 +148,76 @@ def _curves(runs: Sequence[Run]) -> str:
             )
             for level in levels
         ]
-        parts.append(chart(lines, title=f"Loss by noise level: {run.name}", x="step", y="loss", log_y=True))
-    return "".join(parts)
+        parts.append(Chart(lines, title=f"Loss by noise level: {run.name}", x="step", y="loss", log_y=True))
+    return parts
 
 
 def _rows(run: Run) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     return [(result, row) for result in run.results for row in result.get("results", ()) if row.get("nfe")]
 
 
-def _quality(runs: Sequence[Run]) -> list[str]:
-    """Numbers of `cmtool evaluate` against calls and against seconds."""
-    rows = [
-        [run.name, row["nfe"], name, value, 1000 * row["seconds"] / result["samples"]["count"]]
+def _quality_rows(runs: Sequence[Run]) -> list[tuple[str, int, str, float, float]]:
+    """Run, calls, metric, value, seconds a 1,000 images."""
+    return [
+        (run.name, row["nfe"], name, value, 1000 * row["seconds"] / result["samples"]["count"])
         for run in runs
         for result, row in _rows(run)
         for name, value in row["metrics"].items()
     ]
-    if not rows:
-        return []
-    parts = ["<h2>Quality</h2>", '<div class="charts">']
+
+
+def _quality_charts(runs: Sequence[Run]) -> list[Chart]:
+    """Numbers of `cmtool evaluate` against calls and against seconds."""
+    rows, made = _quality_rows(runs), []
     for metric in dict.fromkeys(row[2] for row in rows if not row[2].endswith("_std")):
         mine = [row for row in rows if row[2] == metric]
-        for place, axis in ((1, "network calls"), (4, "seconds a 1,000 images")):
-            lines = [Line(run.name, sorted((row[place], row[3]) for row in mine if row[0] == run.name)) for run in runs]
-            parts.append(chart(lines, title=f"{metric} against {axis}", x=axis, y=metric, log_x=True, dots=True))
+        for axis in ("network calls", "seconds a 1,000 images"):
+            lines = [
+                Line(
+                    run.name,
+                    sorted(
+                        (row[1] if axis == "network calls" else row[4], row[3]) for row in mine if row[0] == run.name
+                    ),
+                )
+                for run in runs
+            ]
+            made.append(Chart(lines, f"{metric} against {axis}", axis, metric, log_x=True, dots=True))
+    return made
+
+
+def _quality(runs: Sequence[Run]) -> list[str]:
+    rows = _quality_rows(runs)
+    if not rows:
+        return []
     head = ["run", "calls", "metric", "value", "seconds a 1,000 images"]
-    return [*parts, "</div>", _table(head, rows)]
+    return ["<h2>Quality</h2>", _drawn(_quality_charts(runs)), _table(head, rows)]
+
+
+def _ode_rows(runs: Sequence[Run]) -> list[tuple[Run, Mapping[str, Any]]]:
+    return [
+        (run, row)
+        for run in runs
+        for result in run.results
+        for row in result.get("results", ())
+        if "error_from_level" in row
+    ]
+
+
+def _ode_charts(runs: Sequence[Run]) -> list[Chart]:
+    """The ODE error from each level of noise."""
+    lines = [
+        Line(run.name, sorted(zip(row["levels"], row["error_from_level"], strict=True))) for run, row in _ode_rows(runs)
+    ]
+    title = "Mean squared error of the jump from each noise level of the teacher's trajectory"
+    axes = ("noise-to-signal ratio", "error")
+    return [Chart(lines, title, *axes, log_x=True, log_y=True, dots=True)] if lines else []
 
 
 def _odes(runs: Sequence[Run]) -> list[str]:
-    """The ODE error from each level of noise."""
-    lines, rows = [], []
-    for run in runs:
-        for result in run.results:
-            for row in result.get("results", ()):
-                if "error_from_level" in row:
-                    points = sorted(zip(row["levels"], row["error_from_level"], strict=True))
-                    lines.append(Line(run.name, points))
-                    rows += [[run.name, name, value] for name, value in row["metrics"].items()]
-    if not lines:
+    rows = [(run.name, name, value) for run, row in _ode_rows(runs) for name, value in row["metrics"].items()]
+    if not rows:
         return []
-    drawing = chart(
-        lines,
-        title="Mean squared error of the jump from each noise level of the teacher's trajectory",
-        x="noise-to-signal ratio",
-        y="error",
-        log_x=True,
-        log_y=True,
-        dots=True,
-    )
-    return [
-        "<h2>Error of the ODE</h2>",
-        f'<div class="charts">{drawing}</div>',
-        _table(["run", "number", "value"], rows),
-    ]
+    return ["<h2>Error of the ODE</h2>", _drawn(_ode_charts(runs)), _table(["run", "number", "value"], rows)]
 
 
 def _samples(run: Run) -> str:

@@ -17,7 +17,7 @@ FLAGS = {
     "train": TRAIN,
     "evaluate": f"""--model --data --images --metrics --features --weights --steps --num -n --limit --labels --times
         --solver --guidance --teacher --lpips-backbone --out --role {MAKE}""",
-    "report": "RUN... --out --json",
+    "report": "RUN... --out --png --json",
     "stats": "--data --out --features --weights --resolution --channels --limit --vectors --device --json",
     "search": f"""--model --data --steps --metric --features --weights --num -n --points --scan --write --limit --labels
         {MAKE}""",

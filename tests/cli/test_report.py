@@ -5,11 +5,13 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cmtool.cli.app import main
-from cmtool.reporting.chart import Line, chart
+from cmtool.reporting.chart import Chart, Line, svg
 from tests.browser import CHROMIUM, Browser
 
 SMALL = ["--precision", "fp32", "--batch", "4", "--set", "network.channels=8", "--iterations", "6"]
@@ -58,6 +60,10 @@ class Outline(html.parser.HTMLParser):
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+
+def svg_of(lines, **how):
+    return svg(Chart(lines, **how))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
@@ -113,7 +119,26 @@ def test_a_run_of_which_little_is_there(cli, runs, tmp_path):
     (new / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     (new / "odd.json").write_text("[1]")
     told = json.loads(cli("report", new, "--out", tmp_path / "b.html", "--json").stdout)
-    assert told == {"page": str(tmp_path / "b.html"), "runs": [{"run": "new", "steps": 1, "evaluations": 0}]}
+    runs = [{"run": "new", "steps": 1, "evaluations": 0}]
+    assert told == {"page": str(tmp_path / "b.html"), "runs": runs, "pictures": []}
+
+
+def test_charts_as_pictures(cli, runs, tmp_path):
+    done = cli("report", *runs, "--out", tmp_path / "a.html", "--png", tmp_path / "charts")
+    assert done.code == 0, done.stderr
+    page, *pictures = done.lines
+    assert page == str(tmp_path / "a.html")
+    names = [Path(file).name for file in pictures]
+    assert names[0] == "loss.png"
+    assert any(name.startswith("fd-random-8-against-network-calls") for name in names)
+    assert any(name.startswith("mean-squared-error-of-the-jump") for name in names)
+    assert sorted(names) == sorted(file.name for file in (tmp_path / "charts").iterdir())
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (900, 600)
+        shown = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
+    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= shown  # a line of each run
+    (tmp_path / "file").write_text("")
+    cli("report", runs[0], "--out", tmp_path / "b.html", "--png", tmp_path / "file").error(2, "--png")
 
 
 def test_what_cannot_be_reported(cli, runs, tmp_path):
@@ -128,7 +153,7 @@ def test_what_cannot_be_reported(cli, runs, tmp_path):
 
 def test_a_point_is_where_its_number_is():
     """Two points at the ends, one in the middle of a logarithmic axis."""
-    drawn = chart([Line("a", [(1, 1), (10, 10), (100, 100)])], title="t", x="x", y="y", log_x=True, log_y=True)
+    drawn = svg_of([Line("a", [(1, 1), (10, 10), (100, 100)])], title="t", x="x", y="y", log_x=True, log_y=True)
     points = re.search(r'points="([^"]*)"', drawn)[1].split()
     (a, b), (c, d), (e, f) = (map(float, point.split(",")) for point in points)
     assert c == pytest.approx((a + e) / 2, abs=0.1)
@@ -139,7 +164,7 @@ def test_a_point_is_where_its_number_is():
 
 
 def test_numbers_that_cannot_be_drawn_are_left_out():
-    drawn = chart([Line("a", [(0, 1), (1, float("nan")), (2, 5)])], title="t", x="x", y="y", log_y=True)
+    drawn = svg_of([Line("a", [(0, 1), (1, float("nan")), (2, 5)])], title="t", x="x", y="y", log_y=True)
     assert len(re.search(r'points="([^"]*)"', drawn)[1].split()) == 2
-    assert "nothing to draw" in chart([Line("a", [(0, -1)])], title="t", x="x", y="y", log_y=True)
-    assert "<circle" in chart([Line("a", [(3, 4)])], title="t", x="x", y="y")  # a single point is seen
+    assert "nothing to draw" in svg_of([Line("a", [(0, -1)])], title="t", x="x", y="y", log_y=True)
+    assert "<circle" in svg_of([Line("a", [(3, 4)])], title="t", x="x", y="y")  # a single point is seen

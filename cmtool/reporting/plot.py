@@ -13,6 +13,8 @@ from itertools import pairwise
 
 from PIL import Image, ImageDraw, ImageFont
 
+from cmtool.reporting.chart import Chart
+
 # Okabe and Ito's colours, which people with any colour vision can tell apart; markers differ besides.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#444444")
 MARKERS = ("circle", "square", "triangle", "diamond", "cross", "ring")
@@ -164,6 +166,15 @@ class Sheet:
 
     def finished(self) -> Image.Image:
         return self.image.resize(self.size, Image.Resampling.LANCZOS)
+
+
+def picture(chart: Chart) -> Image.Image:
+    """A report's chart."""
+    lines = [
+        Series(line.name, line.points, line=True, marker=None if chart.dots or len(line.points) == 1 else "")
+        for line in chart.drawn()
+    ]
+    return plot(lines, Axis(chart.x, log=chart.log_x), Axis(chart.y, log=chart.log_y), title=chart.title)
 
 
 def plot(
