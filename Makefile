@@ -40,6 +40,7 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 	$(BIN)/python examples/inconsistencies.py --on mixture --short --out inconsistencies-short
 	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
 		--out family-short/composition.safetensors
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/short.sh demo-short/teacher cookbook-short
 
 demo-short/student/model.safetensors:
 	$(MAKE) demo-short
@@ -61,4 +62,4 @@ bench-short: $(VENV)/.dev  ## a little of each: does it run?
 	$(BIN)/python benchmarks/run.py --quick
 
 clean:
-	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short cookbook-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -74,9 +74,9 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.pad(images, (3, 3, 3, 3), mode="reflect")[..., down : down + 32, right : right + 32]
 
 
-def train(data: str, epochs: int, batch: int = 256) -> Classifier:
+def train(data: str, epochs: int, limit: int | None = None, batch: int = 256) -> Classifier:
     """A classifier of the folder's classes."""
-    known = open_data(data, resolution=32)
+    known = open_data(data, resolution=32, limit=limit)
     images, labels = known.images, known.labels
     model = Classifier().to(memory_format=torch.channels_last).train()
     low = precision.compute_dtype("auto", torch.device("cpu"))
@@ -114,9 +114,10 @@ def main() -> None:
     parser.add_argument("--test", help="the folder of the test images: tell the accuracy")
     parser.add_argument("--out", type=Path, default=Path("judge.pt2"))
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit", type=int, help="train on so many images, evenly spread")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = train(options.data, options.epochs)
+    model = train(options.data, options.epochs, options.limit)
     if options.test:
         print(f"accuracy on {options.test}: {accuracy(model, options.test):.1%}")
     number = torch.export.Dim("number", min=1, max=2**20)

@@ -133,10 +133,11 @@ def test_charts_as_pictures(cli, runs, tmp_path):
     assert any(name.startswith("fd-random-8-against-network-calls") for name in names)
     assert any(name.startswith("mean-squared-error-of-the-jump") for name in names)
     assert sorted(names) == sorted(file.name for file in (tmp_path / "charts").iterdir())
-    with Image.open(pictures[0]) as picture:
+    (marked,) = (file for file in pictures if "quality-while-training" in file)
+    with Image.open(marked) as picture:
         assert picture.size == (900, 600)
         shown = {colour for _, colour in picture.convert("RGB").getcolors(10**6)}
-    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= shown  # a line of each run
+    assert {(0, 0x72, 0xB2), (0xD5, 0x5E, 0)} <= shown  # the dots of each run
     (tmp_path / "file").write_text("")
     cli("report", runs[0], "--out", tmp_path / "b.html", "--png", tmp_path / "file").error(2, "--png")
 

@@ -1,0 +1,266 @@
+"""The methods on CIFAR-10: one teacher of each kind, one network, equal budgets, two seeds.
+
+    python examples/study_cifar10/study.py --data TRAIN_FOLDER --test TEST_FOLDER --out study
+    python examples/study_cifar10/study.py --out study --table      only the tables, from what is there
+
+Every row is a run folder of `cmtool train` or `distill`, with its `config.json` and `metrics.jsonl`, and what `cmtool
+evaluate` said of it (`quality.json`, `ode.json`): samples in 1, 2 and 4 network calls against the test images, in the
+features of a classifier that `examples/cifar_judge.py` trains on the training images. These distances are called
+fd_judge; they are no FID. What is there is not run again, and what was stopped goes on. With --short a few steps of
+each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from cmtool.reporting.plot import Axis, Series, plot
+
+HERE = Path(__file__).parent
+CALLS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: its preset, and the row that it follows or starts from."""
+
+    name: str
+    preset: str
+    teacher: str | None = None
+    init: str | None = None
+    solver: str | None = None  # how it is sampled, where it is not by its own jumps
+    calls: tuple[int, ...] = CALLS
+    settings: tuple[str, ...] = ()
+
+
+TEACHERS = (Row("edm", "edm", solver="heun", calls=(18,)), Row("flow", "flow", solver="heun", calls=(18,)))
+ROWS = (
+    Row("ct", "ct"),
+    Row("ict", "ict"),
+    Row("ect", "ect", init="edm"),
+    Row("tcm", "tcm", init="ect"),
+    Row("sct", "sct", init="edm"),
+    Row("ct-continuous", "ct-continuous", init="edm"),
+    Row("flow-ct", "flow-ct"),
+    Row("meanflow", "meanflow"),
+    Row("shortcut", "shortcut"),
+    Row("cd", "cd", teacher="edm"),
+    Row("cd-continuous", "cd-continuous", teacher="edm"),
+    Row("scd", "scd", teacher="edm"),
+    Row("direct", "direct", teacher="edm"),
+    Row("pd", "pd", teacher="edm", calls=(1,)),
+    Row("flow-cd", "flow-cd", teacher="flow"),
+    Row("reflow", "reflow", teacher="flow", solver="euler"),
+)
+
+
+class Study:
+    """The runs of a folder."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, Path(options.out)
+        self.seeds = [int(seed) for seed in options.seeds.split(",")]
+        self.judge = self.out / "judge.pt2"
+
+    def folder(self, row: Row, seed: int) -> Path:
+        """A teacher has one seed: all rows share it."""
+        return self.out / (row.name if row in TEACHERS else f"{row.name}-{seed}")
+
+    def parent(self, name: str, seed: int) -> Path:
+        return self.folder(next(row for row in (*TEACHERS, *ROWS) if row.name == name), seed)
+
+    def cmtool(self, *arguments: object) -> None:
+        print("cmtool", *arguments, flush=True)
+        subprocess.run([sys.executable, "-m", "cmtool", *map(str, arguments)], check=True)
+
+    def run(self) -> None:
+        """Everything that is not there yet."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.judge.exists():
+            script = HERE.parent / "cifar_judge.py"
+            short = ("--epochs", "1", "--limit", "512") if self.options.short else ("--test", self.options.test)
+            subprocess.run(
+                [sys.executable, script, "--data", self.options.data, "--out", self.judge, *short], check=True
+            )
+        wanted = self.options.only.split(",") if self.options.only else None
+        for row in TEACHERS:
+            self.row(row, 0)
+        for seed in self.seeds:
+            for row in ROWS:
+                if wanted is None or row.name in wanted:
+                    self.row(row, seed)
+
+    def row(self, row: Row, seed: int) -> None:
+        """Train and judge one."""
+        options, folder = self.options, self.folder(row, seed)
+        if not self._finished(folder):
+            images = options.teacher_images if row in TEACHERS else options.images
+            length = ("--iterations", 2, "--batch", 4) if options.short else ("--duration", images)
+            start = ("--teacher", self.parent(row.teacher, seed)) if row.teacher else ()
+            start += ("--init", self.parent(row.init, seed)) if row.init else ()
+            settings = [word for one in row.settings for word in ("--set", one)]
+            network = () if row.teacher or row.init else ("--network", "small")
+            command = "distill" if row.teacher else "train"
+            ask = ("--data", options.data, "--preset", row.preset, "--seed", seed, "--resume", folder)
+            self.cmtool(command, *ask, *start, *length, *network, *settings)
+        if not (folder / "quality.json").exists():
+            solver = ("--solver", row.solver) if row.solver else ()
+            steps = ",".join(map(str, row.calls))
+            count = 8 if options.short else options.count
+            against = ("--data", options.test, "--features", self.judge, "-n", count)
+            less = ("--limit", 64, "--metrics", "fd") if options.short else ()
+            self.cmtool(
+                *("evaluate", "--model", folder, *against, "--steps", steps, *solver, *less),
+                *("--out", folder / "quality.json"),
+            )
+        if row.teacher == "edm" and not (folder / "ode.json").exists():
+            teacher = self.parent("edm", seed)
+            self.cmtool(
+                *("evaluate", "--model", folder, "--teacher", teacher, "--metrics", "ode-error"),
+                *("-n", 4 if options.short else 256, "--out", folder / "ode.json"),
+            )
+
+    def _finished(self, folder: Path) -> bool:
+        try:
+            length = json.loads((folder / "config.json").read_text())["recipe"]["iterations"]
+            return last_line(folder)["step"] >= length
+        except (OSError, ValueError, KeyError, IndexError):
+            return False
+
+    # --- tables ------------------------------------------------------------------------------------------------------
+
+    def table(self) -> None:
+        """table.md, quality.png and samples.png, from the folders alone."""
+        found = {row: [self._read(self.folder(row, seed)) for seed in self._seeds(row)] for row in (*TEACHERS, *ROWS)}
+        found = {row: [one for one in many if one] for row, many in found.items()}
+        found = {row: many for row, many in found.items() if many}
+        if not found:
+            raise SystemExit(f"{self.out} holds no finished rows")
+        heads = ["method", "from", "fd_judge, 1 call", "2 calls", "4 calls", "precision, recall (fewest calls)"]
+        heads += ["ODE error", "images seen", "minutes", "s / 1,000 images, 1 call"]
+        lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines += [self._line(row, many) for row, many in found.items()]
+        (self.out / "table.md").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        self._plot(found)
+        self._samples(list(found))
+
+    def _seeds(self, row: Row) -> Sequence[int]:
+        return [0] if row in TEACHERS else self.seeds
+
+    def _read(self, folder: Path) -> dict | None:
+        if not (folder / "quality.json").exists():
+            return None
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        speed = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+        quality = json.loads((folder / "quality.json").read_text())
+        by_calls = {row["nfe"]: row for row in quality["results"]}
+        ode = folder / "ode.json"
+        return {
+            "images": lines[-1]["images"],
+            "minutes": lines[-1]["images"] / sorted(speed)[len(speed) // 2] / 60 if speed else 0.0,
+            "calls": by_calls,
+            "count": quality["samples"]["count"],
+            "ode": json.loads(ode.read_text())["results"][0]["metrics"] if ode.exists() else {},
+        }
+
+    def _line(self, row: Row, many: list[dict]) -> str:
+        def over(values: list[float], form: str) -> str:
+            if not values:
+                return ""
+            low, high = min(values), max(values)
+            return format(low, form) if len(values) == 1 else f"{format(low, form)} to {format(high, form)}"
+
+        fewest = min(min(one["calls"]) for one in many)
+        teacher = row in TEACHERS
+        fds = [over([metric(one["calls"][n], "fd") for one in many if n in one["calls"]], ".3f") for n in CALLS]
+        if teacher:
+            fds[0] = over([metric(one["calls"][fewest], "fd") for one in many], ".3f") + f" ({fewest} calls)"
+        pr = [over([metric(one["calls"][fewest], name) for one in many], ".2f") for name in ("precision", "recall")]
+        odes = [value for one in many for name, value in one["ode"].items() if name.startswith("ode_error")]
+        seconds = [1000 * one["calls"][fewest]["seconds"] / one["count"] for one in many]
+        cells = [
+            *(f"`{row.name}`", row.teacher or (f"{row.init} (start)" if row.init else "scratch"), *fds, ", ".join(pr)),
+            *(over(odes, ".4f"), f"{many[0]['images']:,}", over([one["minutes"] for one in many], ".1f")),
+            over(seconds, ".1f"),
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    def _plot(self, found: dict[Row, list[dict]]) -> None:
+        for axis in ("network calls", "seconds a 1,000 images"):
+            series = []
+            for row, many in found.items():
+                points = []
+                for calls in sorted(many[0]["calls"]):
+                    rows = [one["calls"][calls] for one in many if calls in one["calls"]]
+                    across = calls if axis == "network calls" else 1000 * rows[0]["seconds"] / many[0]["count"]
+                    points.append((across, sum(metric(one, "fd") for one in rows) / len(rows)))
+                series.append(Series(row.name, points, line=len(points) > 1))
+            title = "Distance to CIFAR-10's test images in a classifier's features"
+            name = "calls" if axis == "network calls" else "seconds"
+            plot(series, Axis(axis, log=True), Axis("fd_judge", log=True), title=title).save(self.out / f"{name}.png")
+
+    def _samples(self, rows: list[Row]) -> None:
+        """The same ten seeds of each method in one call (of a teacher in 35), a line each; needs the models."""
+        strips = []
+        for row in rows:
+            folder = self.folder(row, self._seeds(row)[0])
+            if not (folder / "model.safetensors").exists():
+                continue
+            strip = folder / "strip.png"
+            if not strip.exists():
+                how = ("--solver", row.solver, "--steps", row.calls[0]) if row.solver else ("--steps", 1)
+                self.cmtool("sample", "--model", folder, "--seeds", "0-9", "--labels", "0-9", "--grid", strip, *how)
+            strips.append((row.name, strip))
+        if strips:
+            pictures = [Image.open(strip).convert("RGB") for _, strip in strips]
+            whole = Image.new("RGB", (pictures[0].width, sum(one.height for one in pictures)))
+            top = 0
+            for one in pictures:
+                whole.paste(one, (0, top))
+                top += one.height
+            whole.save(self.out / "samples.png")
+            print("samples.png, from the top:", ", ".join(name for name, _ in strips))
+
+
+def last_line(folder: Path) -> dict:
+    """The last of metrics.jsonl."""
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def metric(row: dict, name: str) -> float:
+    """A number by the beginning of its name: it goes on with the features and the count."""
+    return next((value for key, value in row["metrics"].items() if key.startswith(name)), float("nan"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="the folder of the training images")
+    parser.add_argument("--test", help="the folder of the test images")
+    parser.add_argument("--out", default="study")
+    parser.add_argument("--images", default="500k", help="that each method sees in training")
+    parser.add_argument("--teacher-images", default="2M", help="that each teacher sees")
+    parser.add_argument("--count", type=int, default=5000, help="samples that are judged")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--table", action="store_true", help="only the tables")
+    parser.add_argument("--short", action="store_true", help="a few steps of each: does everything run?")
+    options = parser.parse_args()
+    study = Study(options)
+    if not options.table:
+        if not (options.data and options.test):
+            raise SystemExit("--data and --test: the folders of the images")
+        study.run()
+    study.table()
+
+
+if __name__ == "__main__":
+    main()
