@@ -20,6 +20,7 @@ import torch
 
 import cmtool
 from cmtool.io import checkpoint
+from cmtool.io.images import grid, to_uint8, write_image
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def finish(student: Path, recipe: Recipe, target: Path) -> Path:
     size = target.stat().st_size
     if size > recipe.limit:
         raise SystemExit(f"{target} takes {size:,} bytes, more than {recipe.limit:,}")
-    print(f"{target}: {size:,} bytes")
+    images = cmtool.sample(model, 60, labels=list(range(10)), steps=4)
+    write_image(target.with_suffix(".png"), grid(to_uint8(images), columns=20, scale=64 // images.shape[-1]))
+    print(f"{target}: {size:,} bytes; {target.with_suffix('.png')}: 60 images of four calls")
     return target
 
 

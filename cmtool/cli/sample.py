@@ -9,7 +9,7 @@ import typer
 from cmtool.cli import console, images, options
 from cmtool.errors import UsageError
 
-_SHOWN = 32  # images, where nothing is asked for
+_SHOWN, _LARGE = 32, 96  # images, where nothing is asked for, and pixels of a side that people can see
 
 
 def sample(
@@ -120,7 +120,9 @@ def sample(
         for entry, _ in results[len(wanted[share]) :]:
             console.emit_line(entry["path"])
     if grid is not None:
-        write_image(grid, arrange(torch.stack([image for _, image in results if image is not None])))
+        tiles = torch.stack([image for _, image in results if image is not None])
+        large = {"columns": 8, "scale": max(1, _LARGE // flow.card.resolution)} if shown else {}
+        write_image(grid, arrange(tiles, **large))
     described = [entry for entry, _ in results]
     if as_json:
         asked = {"solver": solver, "churn": added, "landing": landing, "guidance": None if guidance == 1 else guidance}

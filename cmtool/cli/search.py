@@ -47,7 +47,7 @@ def search(
     wanted = options.parse_steps(steps)
     if min(wanted) < 2:
         raise UsageError("--steps 1: a single call is made at the largest time, always", "take 2 or more")
-    if points < max(wanted) + 1:
+    if points < max(wanted):
         raise UsageError(f"--points {points} leave no choice for {max(wanted)} calls", "take more, 40 for example")
 
     from cmtool import precision as policy
@@ -81,7 +81,7 @@ def search(
     def tell(tried: Tried) -> None:
         console.note(f"{_text(tried.times)}: {name} {tried.value:.6g}")
 
-    grid = Karras(flow.card.grid_rho).times(flow.path, points)
+    grid = Karras(flow.card.grid_rho).times(flow.path, points + 1)[:-1]  # at t_min a call changes nothing
     landing = "next" if flow.card.role == "flow_map" else "t_min"
     found: dict[int, Any] = {}
     for result in run(score, grid, max(wanted), scan=scan, tell=tell):

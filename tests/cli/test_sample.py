@@ -142,7 +142,7 @@ def test_a_denoiser_is_sampled_with_a_solver(cli, teacher, tmp_path):
         ("student", ["--out", "x.png", "--labels", "3"], ["no class 3", "0-2", "ant"]),
         ("student", ["--out", "x.png", "--labels", "catt"], ["catt", "ant"]),
         ("plain", ["--out", "x.png", "--labels", "0"], ["knows no classes"]),
-        ("plain", [], ["no place", "--out"]),
+        ("plain", ["--json"], ["no place", "--out"]),
         ("plain", ["--out", "x.png", "--seeds", "0-3"], ["one image and 4", "{seed}"]),
         ("plain", ["--out", "-", "--seeds", "0-3"], ["one image and 4"]),
         ("plain", ["--out", "x.gif"], ["x.gif", ".png"]),

@@ -93,7 +93,7 @@ def test_processes_share_the_samples(cli, run, pictures):
 def test_what_cannot_be_searched(cli, run, pictures, folder, tmp_path):
     ask = ("search", "--model", run, "--data", pictures)
     cli(*ask, "--steps", 1).error(2, "always", "2 or more")
-    cli(*ask, "--steps", "2,5", "--points", 5).error(2, "leave no choice for 5 calls")
+    cli(*ask, "--steps", "2,5", "--points", 4).error(2, "leave no choice for 5 calls")
     cli(*ask, "--metric", "recall").error(2, "there is no 'recall'")
     cli("search", "--model", folder / "teacher.safetensors", "--data", pictures).error(2, "needs a solver")
     cli("search", "--model", tmp_path / "none", "--data", pictures).error(1, "no model at")
