@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import cmtool
+from cmtool import precision
 from cmtool.editing import AvgPool, Degradation, Luma, Mask
 from cmtool.evaluation.features import RandomFeatures
 from cmtool.evaluation.similarity import psnr, ssim
@@ -174,7 +175,9 @@ def main() -> None:
         "--labels", action="store_true", help="tell the model the classes; else each image has a random one"
     )
     options = parser.parse_args()
-    model = cmtool.load(options.model, role="consistency")
+    place = precision.device("auto")
+    model = cmtool.load(options.model, role="consistency", device=place)
+    model = model.compute_in(precision.compute_dtype("auto", place))
     data = open_data(options.data, resolution=model.card.resolution)
     images, labels = data.batch(torch.linspace(0, len(data) - 1, options.n).round().long())[:2]
     options.out.mkdir(parents=True, exist_ok=True)
