@@ -33,6 +33,7 @@ class Recipe:
     teacher: tuple[str, ...]
     student: tuple[str, ...]
     more: dict[str, list[float]]  # times of more calls than the two that are searched for: chosen by eye
+    grid: int  # an edit takes a call for each of so many noise levels but the last: see `examples/edits.py`
     limit: int  # bytes
 
 
@@ -44,6 +45,7 @@ RECIPES = {
         teacher=("train", "--preset", "edm", "--iterations", "900"),
         student=("distill", "--preset", "cd", "--set", "objective.times.curriculum.num=10", "--iterations", "600"),
         more={"3": [80.0, 0.8229, 0.06276], "4": [80.0, 2.5, 0.4701, 0.06276]},
+        grid=10,
         limit=2 * 2**20,
     ),
     "cifar10-small": Recipe(
@@ -59,6 +61,7 @@ RECIPES = {
             *("--iterations", "2100"),
         ),
         more={"3": [80.0, 17.0, 3.0], "4": [80.0, 24.4, 5.84, 0.9]},
+        grid=40,
         limit=8 * 2**20,
     ),
 }
@@ -87,7 +90,7 @@ def finish(student: Path, recipe: Recipe, target: Path) -> Path:
     """The file that goes into the package: half the size, and a card that says what the images were, not where."""
     model = cmtool.load(student)
     known = {"data": recipe.title, "class_names": recipe.classes, "licence": "Apache-2.0", "teacher": "", "source": ""}
-    model.card = replace(model.card, **known)
+    model.card = replace(model.card, grid_points=recipe.grid, **known)
     checkpoint.save(model, target, dtype=torch.bfloat16)
     size = target.stat().st_size
     if size > recipe.limit:
