@@ -31,7 +31,7 @@ def measured(monkeypatch):
 
 
 def test_a_table(cli, measured):
-    result = cli("bench", "--batch", 6)
+    result = cli("bench", "--batch", 6, "--precision", "fp32")
     assert result.code == 0, result.stderr
     assert [name for name, *_ in measured] == [*ROWS]
     assert {(setup.batch, rounds) for _, setup, rounds in measured} == {(6, 5)}
