@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-short family examples-short test lint bench bench-short clean
+.PHONY: demo demo-short family examples-short cookbook-short test lint bench bench-short clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -40,6 +40,8 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 	$(BIN)/python examples/inconsistencies.py --on mixture --short --out inconsistencies-short
 	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
 		--out family-short/composition.safetensors
+
+cookbook-short: $(VENV)/.demo demo-short/student/model.safetensors  ## every script of the cookbook with almost no work
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/short.sh demo-short/teacher cookbook-short
 
 demo-short/student/model.safetensors:

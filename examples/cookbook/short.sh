@@ -8,7 +8,7 @@ teacher=$1 out=$2
 export STEPS=2 COUNT=16 POINTS=3 SEEDS=0 SIDE=16
 rm -rf "$out"
 mkdir -p "$out"
-cmtool data preview digits:test -n 40 --out "$out/pictures" > /dev/null
+cmtool data preview digits:test -n 160 --out "$out/pictures" > /dev/null
 
 one() { "$here/two_steps.sh" "$teacher" digits:test "$out/two" && "$here/compare.sh" "$teacher" digits:test "$out/both" cd scd; }
 two() { "$here/own_folder.sh" "$out/pictures" "$out/own" && "$here/processes.sh" "$out/pictures" "$out/many" 2; }
