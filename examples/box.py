@@ -1,6 +1,6 @@
 """The models in the box: how the small ones that come with cmtool were made, to be made again.
 
-    python examples/box.py --only digits-small                          about 10 minutes on 2 cores
+    python examples/box.py --only digits-small                          a quarter of an hour on 2 cores
     python examples/box.py --only cifar10-small --data CIFAR_FOLDER     about 4 minutes on an NVIDIA H100
 
 Each is a teacher, a student, the times that `cmtool search` finds for it, and its weights in bfloat16: NAME.safetensors

@@ -158,7 +158,9 @@ def _each(request: Request) -> list[Any]:
 
 def _beside(name: str, folder: str, stem: str) -> str:
     """The image of that name in another folder."""
-    found = [file for file in sorted(Path(folder).glob(f"{glob.escape(stem)}.*")) if file.suffix in images.READABLE]
+    found = [
+        file for file in sorted(Path(folder).glob(f"{glob.escape(stem)}.*")) if file.suffix.lower() in images.READABLE
+    ]
     if not found:
         raise DataError(f"--{name} {folder} holds no image called {stem}", "give each image one of its name")
     return str(found[0])

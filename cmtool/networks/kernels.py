@@ -12,7 +12,9 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, for tests.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -20,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cmtool.networks.native import Shape, words
+
+Out = TypeVar("Out")
 
 _TILE = 4096  # entries of a tile
 _WARPS = 8
@@ -196,17 +200,22 @@ def _return(
     tl.store(out, dx.to(dx_at.dtype.element_ty), mask=there)
 
 
+def _on_its_device(function: Callable[..., Out]) -> Callable[..., Out]:
+    """Triton starts kernels on the current device, whatever tensors they are given."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, *rest: Any) -> Out:
+        with torch.cuda.device_of(first):
+            return function(first, *rest)
+
+    return run
+
+
+@_on_its_device
 def forward(
     x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`native.forward` on a GPU: y like x, channels-last; mean and 1 / deviation, float32 [B, groups]."""
-    with torch.cuda.device_of(x):
-        return _forward(x, pre, weight, bias, keys, shape)
-
-
-def _forward(
-    x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, keys: Tensor | None, shape: Shape
-) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous(memory_format=torch.channels_last)
     y = torch.empty_like(x)
     weight, bias = _rows(weight), _rows(bias)
@@ -220,6 +229,7 @@ def _forward(
     return y, mean, rstd
 
 
+@_on_its_device
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -232,21 +242,6 @@ def backward(
     shape: Shape,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """`native.backward` on a GPU: the gradients of x, pre, weight and bias."""
-    with torch.cuda.device_of(x):
-        return _backward(dy, x, pre, weight, bias, keys, mean, rstd, shape)
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    pre: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    keys: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    shape: Shape,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     x = x.contiguous(memory_format=torch.channels_last)
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = _rows(weight), _rows(bias)

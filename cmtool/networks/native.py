@@ -74,14 +74,21 @@ def backend(x: Tensor) -> Backend | None:
 
 @functools.cache
 def kernels() -> Backend | None:
-    """The module `kernels`; None without Triton, which comes with torch for GPUs on Linux."""
+    """The module `kernels`; None without Triton, which comes with torch for GPUs on Linux, and where it does not work.
+
+    It compiles what it starts, which takes a C compiler and a GPU that is not too old: so it is tried once.
+    """
     if not enabled("CMTOOL_NATIVE"):
         return None
-    with suppress(ImportError):
+    try:
         from cmtool.networks import kernels as found
 
-        return found
-    return None
+        if torch.cuda.is_available():
+            row = torch.ones(1, 4, device="cuda")
+            found.forward(torch.ones(1, 4, 2, 2, device="cuda"), None, row, row, None, Shape(1, 1e-5, True, 0, 1.0))
+    except Exception:  # whatever it is, torch's operations do the same
+        return None
+    return found
 
 
 def usable(x: Tensor) -> bool:

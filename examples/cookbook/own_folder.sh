@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Your own folder of pictures to a one-step generator.
 #
-#     examples/cookbook/own_folder.sh PICTURES OUT        about 15 minutes for 32x32 on 2 cores
+#     examples/cookbook/own_folder.sh PICTURES OUT
 #
 # SIDE=32 is the side of the pictures that are made; STEPS=900 how long each of the two trainings is.
 set -euo pipefail

@@ -409,7 +409,7 @@ def test_a_folder_of_images_with_a_mask_each(cli, student, inputs, mask):
     many, pictures = folder_of(inputs, "many")
     masks, _ = folder_of(inputs, "masks", 0)
     for number in range(3):
-        (masks / f"{number}.bmp").write_bytes(png(np.roll(mask, number, 0)))
+        (masks / f"{number}.PNG").write_bytes(png(np.roll(mask, number, 0)))
     ask = ("inpaint", "--model", student, "--image", many, "--mask", masks, "--edit-steps", 2)
     result = cli(*ask, "--out", inputs / "done", "--truth", many, "--json")
     assert result.code == 0, result.stderr
@@ -422,7 +422,7 @@ def test_a_folder_of_images_with_a_mask_each(cli, student, inputs, mask):
         assert not (made[~kept] == pictures[number][~kept]).all()
         assert entry["psnr"] > 0
     # One at a time they are the same.
-    alone = ("inpaint", "--model", student, "--image", many / "1.png", "--mask", masks / "1.bmp", "--edit-steps", 2)
+    alone = ("inpaint", "--model", student, "--image", many / "1.png", "--mask", masks / "1.PNG", "--edit-steps", 2)
     assert cli(*alone, "--out", inputs / "1.png").code == 0
     assert (read(inputs / "1.png") == read(inputs / "done" / "1.png")).all()
 

@@ -32,6 +32,14 @@ def test_tensors_on_a_cpu_are_not_for_the_kernels():
     assert native.backend(torch.zeros(1, 4, 2, 2, dtype=torch.float64)) is None
 
 
+def test_a_gpu_on_which_they_do_not_work_is_done_without(monkeypatch):
+    """Here: there is none, though torch says so."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    native.kernels.cache_clear()
+    assert native.kernels() is None
+    native.kernels.cache_clear()
+
+
 def test_kernels_may_be_left_out(monkeypatch):
     monkeypatch.setenv("CMTOOL_NATIVE", "0")
     native.kernels.cache_clear()
