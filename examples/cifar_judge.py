@@ -3,8 +3,8 @@
     python examples/cifar_judge.py --data CIFAR_FOLDER --test CIFAR_TEST_FOLDER --out judge.pt2
 
 A residual network of 1.2M parameters, trained for some minutes on a CPU, exported with what `cmtool evaluate --features
-judge.pt2` wants: uint8 images [B, 3, 32, 32] in, its 256 features [B, 256] before the last layer out. Distances in them
-are called fd_judge, never FID: that is Inception's.
+judge.pt2` wants: uint8 images [B, 3, 32, 32] in, its 256 features [B, 256] before the last layer out. With --resolution
+16 all of this is of smaller images. Distances in these features are called fd_judge, never FID: that is Inception's.
 """
 
 from __future__ import annotations
@@ -69,16 +69,18 @@ class Features(nn.Module):
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrored by half, and moved by up to 3 pixels."""
+    """Mirrored by half, and moved by up to 3 pixels of 32."""
+    size = images.shape[-1]
+    most = 3 * size // 32
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
     images = torch.where(mirrored, images.flip(-1), images)
-    down, right = torch.randint(7, (2,), generator=generator).tolist()
-    return F.pad(images, (3, 3, 3, 3), mode="reflect")[..., down : down + 32, right : right + 32]
+    down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
+    return F.pad(images, (most,) * 4, mode="reflect")[..., down : down + size, right : right + size]
 
 
-def train(data: str, epochs: int, limit: int | None = None, batch: int = 256) -> Classifier:
+def train(data: str, resolution: int, epochs: int, limit: int | None = None, batch: int = 256) -> Classifier:
     """A classifier of the folder's classes."""
-    known = open_data(data, resolution=32, limit=limit)
+    known = open_data(data, resolution=resolution, limit=limit)
     images, labels = known.images, known.labels
     model = Classifier().to(memory_format=torch.channels_last).train()
     low = precision.compute_dtype("auto", torch.device("cpu"))
@@ -102,8 +104,8 @@ def train(data: str, epochs: int, limit: int | None = None, batch: int = 256) ->
 
 
 @torch.inference_mode()
-def accuracy(model: Classifier, data: str) -> float:
-    known = open_data(data, resolution=32)
+def accuracy(model: Classifier, data: str, resolution: int) -> float:
+    known = open_data(data, resolution=resolution)
     right = [
         (model(images.float() / 127.5 - 1).argmax(1) == labels).float()
         for images, labels in zip(known.images.split(500), known.labels.split(500), strict=True)
@@ -118,13 +120,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("judge.pt2"))
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--limit", type=int, help="train on so many images, evenly spread")
+    parser.add_argument("--resolution", type=int, default=32)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = train(options.data, options.epochs, options.limit)
+    model = train(options.data, options.resolution, options.epochs, options.limit)
     if options.test:
-        print(f"accuracy on {options.test}: {accuracy(model, options.test):.1%}")
+        print(f"accuracy on {options.test}: {accuracy(model, options.test, options.resolution):.1%}")
     number = torch.export.Dim("number", min=1, max=2**20)
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    images = torch.zeros(2, 3, options.resolution, options.resolution, dtype=torch.uint8)
     torch.export.save(torch.export.export(Features(model), (images,), dynamic_shapes=({0: number},)), options.out)
     print(options.out)
 
