@@ -43,7 +43,7 @@ class Logbook:
     """
 
     def __init__(self, trainer: Trainer, folder: RunFolder, rhythm: Rhythm, trackers: list[Tracker]) -> None:
-        from cmtool.evaluation.proxy import Proxy
+        from cmtool.evaluation.proxy import REFERENCE, Proxy
 
         self.trainer, self.folder, self.rhythm, self.trackers = trainer, folder, rhythm, trackers
         self.loss: float | None = None  # the last one written
@@ -51,8 +51,9 @@ class Logbook:
         self._levels = Levels(trainer.model.path, trainer.device)
         self._since = time.monotonic()
         self._proxy: Proxy | None = None
-        proxy = Proxy(trainer.data, trainer.processes)
-        if rhythm.judge and proxy.suits(trainer.model):
+        known = trainer.data.head(REFERENCE) if rhythm.judge and trainer.order is None else trainer.data
+        proxy = Proxy(known, trainer.processes) if rhythm.judge else None
+        if proxy is not None and proxy.suits(trainer.model):
             self._proxy = proxy
             self._best = folder.best(proxy.name(trainer.model))
 

@@ -31,7 +31,10 @@ class Request:
     preset: Annotated[
         str | None,
         typer.Option(
-            "--preset", metavar="NAME", help="The recipe; see `cmtool presets ls`.", autocompletion=options.preset_names
+            "--preset",
+            metavar="NAME",
+            help="The recipe; see `cmtool presets ls`. [default: cd from a teacher, ect with --init, else ict]",
+            autocompletion=options.preset_names,
         ),
     ] = None
     init: Annotated[
@@ -85,6 +88,13 @@ class Request:
     channels: Annotated[
         int | None, typer.Option("--channels", metavar="1|3", min=1, max=3, help="Grey or RGB. [default: 3]")
     ] = None
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Of a table (hf:owner/name, parquet): read each row as it comes, in every epoch anew; store nothing.",
+        ),
+    ] = False
     workers: Annotated[
         int | None,
         typer.Option(

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,13 +28,17 @@ if TYPE_CHECKING:
     from cmtool.cli.logbook import Logbook
     from cmtool.cli.train import Request
     from cmtool.flow.flow_map import FlowMap, ModelCard, Role
-    from cmtool.io.data import Data
+    from cmtool.io.data import Dataset
     from cmtool.io.run import RunFolder
+    from cmtool.io.stored import StoredDataset
+    from cmtool.io.streamed import StreamedDataset
     from cmtool.networks import Config
     from cmtool.processes import Processes
     from cmtool.training.presets import Shape
     from cmtool.training.recipe import Recipe
     from cmtool.training.trainer import Trainer
+
+    Data = Dataset | StoredDataset | StreamedDataset
 
 STOPPED = 75  # stopped, and can be continued
 INTERRUPTED = 130
@@ -68,7 +72,6 @@ def run(request: Request) -> None:
 
     from cmtool import precision as policy
     from cmtool.cli.logbook import Logbook, Rhythm
-    from cmtool.io.data import open_data
     from cmtool.io.trackers import check_trackers, open_trackers
     from cmtool.training.presets import Shape
 
@@ -89,7 +92,7 @@ def run(request: Request) -> None:
     teacher = _model(settings["teacher"], device, role="denoiser")
     first: Role | None = "consistency" if draft.objective.needs_first else None  # it answers where the noise is low
     init = _model(settings["init"], device, role=first, assume="denoiser")
-    data = open_data(**settings["data"], workers=request.workers)
+    data = _data(settings, request)
     if teacher is not None:
         _check_data(data, teacher)
     recipe = _recipe(request, earlier, _shape(data, init or teacher, request.distils))
@@ -120,6 +123,8 @@ def run(request: Request) -> None:
         processes=team,
         sharded=bool(request.shard),
     )
+    if request.preset is None and not earlier:
+        console.note(f"no --preset is named: {draft.preset}; for others see cmtool presets ls")
     with folder.writing() if not request.dry_run else nullcontext():
         damaged = _continue(trainer, folder) if resumed else ()
         if micro is None:
@@ -217,11 +222,28 @@ def _ways(request: Request, compute: torch.dtype | None) -> dict[str, Any]:
     return {name: value for name, value in found.items() if _asked(value) or (name == "micro_batch" and value)}
 
 
+def _data(settings: Mapping[str, Any], request: Request) -> Data:
+    """The images to learn from."""
+    asked = dict(settings["data"])
+    if not asked.pop("stream", False):
+        from cmtool.io.data import open_data
+
+        return open_data(**asked, workers=request.workers)
+    if request.workers:
+        raise UsageError(
+            "--workers decode what stays where it is, and --stream keeps nothing", "leave one of the two out"
+        )
+    from cmtool.io.streamed import open_stream
+
+    return open_stream(**asked, seed=settings["seed"])
+
+
 def _settings(request: Request, earlier: Mapping[str, Any]) -> dict[str, Any]:
     """All that is no recipe: data, teacher, init, seed; from the flags, else from the earlier config."""
     asked = {"source": request.data} | {
         name: getattr(request, name) for name in ("resolution", "crop", "resize", "upscale", "channels")
     }
+    asked["stream"] = request.stream or None
     stored = earlier.get("data") or {}
     if not isinstance(stored, dict) or not stored.keys() <= {*asked, "fingerprint"}:
         raise UsageError("the config has a data section that is none", f"it may hold {', '.join(asked)}")
@@ -242,14 +264,16 @@ def _recipe(request: Request, earlier: Mapping[str, Any], shape: Shape, *, judge
     Without `judge_network` its settings are left out: what is right for them depends on the true shape.
     """
     from cmtool import spec
-    from cmtool.training.presets import PRESETS
+    from cmtool.training.presets import DEFAULTS, PRESETS
     from cmtool.training.recipe import KINDS, Recipe
 
     stored = earlier.get("recipe") or {}
     known = stored.get("preset") if isinstance(stored, dict) else None
     name = request.preset or known
+    if name is None and stored:
+        raise UsageError("the config does not tell its preset", f"add --preset, one of {', '.join(PRESETS)}")
     if name is None:
-        raise UsageError("missing option '--preset'", f"one of {', '.join(PRESETS)}")
+        name = DEFAULTS["teacher" if request.distils else "init" if request.init else "nothing"]
     if known not in (None, name):
         raise UsageError(f"--preset {name} contradicts the config, a run of {known}", "leave one of the two out")
     if request.network is not None:
@@ -361,7 +385,7 @@ def _shape(data: Data, start: FlowMap | None, distils: bool) -> Shape:
     """What data and starting weights fix of the recipe."""
     from cmtool.training.presets import Shape
 
-    classes = len(data.class_names) if data.labels is not None else 0
+    classes = len(data.class_names) if data.highest_label is not None else 0
     paired = data.report.pairs is not None
     shape = Shape(data.report.resolution, data.report.channels, classes, distils=distils, paired=paired)
     if start is None:
@@ -384,9 +408,13 @@ def _card(
         num_classes=classes,
         class_names=data.class_names if classes == len(data.class_names) else (),
         teacher=origins.shown(settings["teacher"] or ""),
-        data=f"{settings['data']['source']} ({len(data)} images, {data.fingerprint})",
+        data=f"{settings['data']['source']} ({_amount(data)}, {data.fingerprint})",
         licence=_licence(teacher, init, data),
     )
+
+
+def _amount(data: Data) -> str:
+    return f"{len(data)} images" if isinstance(data, Sized) else "streamed"
 
 
 def _licence(teacher: FlowMap | None, init: FlowMap | None, data: Data) -> str:
@@ -484,15 +512,16 @@ def _check_labels(data: Data, recipe: Recipe) -> None:
     classes = recipe.network.num_classes
     if not classes:
         return
-    if data.labels is None:
+    highest = data.highest_label
+    if highest is None:
         raise DataError(
             f"the network knows {classes} classes, and the data has no labels",
             "sort the images into a sub-folder a class"
             + ("" if recipe.init_from_teacher else ", or add --set network.num_classes=0"),
         )
-    if int(data.labels.max()) >= classes:
+    if highest >= classes:
         raise DataError(
-            f"the network knows {classes} classes, the data has label {int(data.labels.max())}",
+            f"the network knows {classes} classes, the data has label {highest}",
             "use the data the network was made for",
         )
 
@@ -664,6 +693,9 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request, book: Logbook) 
                 break
     if request.compile_ and not trainer.compiled:
         console.note("torch.compile failed on these networks: they ran as they are")
+    dropped = sum(getattr(trainer.data, "dropped", {}).values())
+    if dropped:
+        console.note(f"{dropped:,} rows could not be read (first: {trainer.data.first_bad}); others took their places")
     if trainer.step == first:
         console.note(f"nothing left to do: the run has made its {total:,} steps")
     model = folder.path / "model.safetensors"

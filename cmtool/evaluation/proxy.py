@@ -15,7 +15,7 @@ from cmtool.processes import ALONE, Processes
 
 _SAMPLES, _OF_A_DENOISER = 1024, 256
 _SOLVER_STEPS = 10
-_REFERENCE = 4096  # images of the data that samples are compared with, at most
+REFERENCE = 4096  # images of the data that samples are compared with, at most
 _SMALLEST = 8  # side of an image that the features can tell something of
 
 
@@ -72,7 +72,7 @@ class Proxy:
 
     def _data(self, features: RandomFeatures) -> Statistics:
         if self._reference is None:
-            chosen = _spread(len(self.data), min(_REFERENCE, len(self.data)))
+            chosen = _spread(len(self.data), min(REFERENCE, len(self.data)))
             pictures = (rounded(self.data.batch(part)[0]) for part in chosen.split(features.batch))
             self._reference = statistics(vectors_of({features.name: features}, pictures)[features.name].vectors)
         return self._reference

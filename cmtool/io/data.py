@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cmtool import rng
-from cmtool.errors import DataError, UsageError, nearest
-from cmtool.io.fitting import CROPS, RESIZES, Plan
+from cmtool.errors import DataError, UsageError
+from cmtool.io.fitting import Plan, check_options
 from cmtool.io.images import UnreadableImageError, load, quiet_pillow, to_uint8
 from cmtool.io.pairs import About, Pairs, read_pairs
 from cmtool.io.shards import SHARD_IMAGES, Writer, encode
@@ -122,6 +122,11 @@ class Dataset:
         return images.float(), labels, rng.noise(self.seeds[indices].tolist(), images.shape[1:])
 
     @property
+    def highest_label(self) -> int | None:
+        """None without labels."""
+        return None if self.labels is None else int(self.labels.max())
+
+    @property
     def pictures(self) -> Tensor:
         """The images as uint8, whatever they are stored as."""
         return self.images if self.images.dtype == torch.uint8 else to_uint8(self.images)
@@ -211,7 +216,7 @@ def open_data(
         UsageError: an option that is none.
         DependencyError: the digits without scikit-learn.
     """
-    _check_options(resolution, crop, resize, channels)
+    check_options(resolution, crop, resize, channels)
     if limit is not None and limit < 1:
         raise UsageError(f"cannot take {limit} images", "take at least 1")
 
@@ -237,16 +242,6 @@ def open_data(
         return _stored(opened, plan, tally, report, default_workers() if workers is None else workers)
     labels = None if opened.labels is None else torch.tensor([int(opened.labels[index]) for index in tally.kept])
     return Dataset(torch.from_numpy(pixels), labels, opened.class_names, report)
-
-
-def _check_options(resolution: int | None, crop: str, resize: str, channels: int | None) -> None:
-    for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
-        if value not in known:
-            raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
-    if channels not in (None, 1, 3):
-        raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
-    if resolution is not None and resolution < 1:
-        raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
 
 
 def _report(opened: Source, plan: Plan, tally: _Tally) -> Report:
@@ -376,7 +371,7 @@ def pack(
     Raises:
         DataError: as `open_data`, and for pairs. UsageError: if the target is there already.
     """
-    _check_options(resolution, crop, resize, channels)
+    check_options(resolution, crop, resize, channels)
     if shard_images < 1:
         raise UsageError(f"a shard holds at least 1 image, found {shard_images}", "for example --shard-images 10000")
     if read_pairs(str(source)) is not None:

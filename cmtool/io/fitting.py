@@ -8,11 +8,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cmtool.errors import UsageError, nearest
 from cmtool.io.images import flatten, load, to_channels
 
 CROPS = ("center", "none")
 RESIZES = ("box", "bilinear", "bicubic", "lanczos", "none")
 _FILTERS = {name: Image.Resampling[name.upper()] for name in RESIZES if name != "none"}
+
+
+def check_options(resolution: int | None, crop: str, resize: str, channels: int | None) -> None:
+    """Refuse what no plan can have.
+
+    Raises:
+        UsageError: an option that is none.
+    """
+    for name, value, known in (("crop", crop, CROPS), ("resize", resize, RESIZES)):
+        if value not in known:
+            raise UsageError(f"--{name}: there is no {value!r}", nearest(value, known))
+    if channels not in (None, 1, 3):
+        raise UsageError(f"--channels {channels}: images have 1 or 3 channels", "--channels 3")
+    if resolution is not None and resolution < 1:
+        raise UsageError(f"--resolution {resolution}: not a size", "give a whole number of pixels, such as 32")
 
 
 @dataclass(frozen=True)

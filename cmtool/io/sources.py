@@ -361,10 +361,7 @@ class Streamed:
 
 
 def _open_row(rows: Sequence[tables.Row], number: int) -> Image.Image:
-    row = rows[number]
-    if row.encoded is None:
-        raise UnreadableImageError(row.name, "an empty cell")
-    return open_encoded(row.encoded, row.name)
+    return rows[number].open()
 
 
 def _gone(number: int) -> Image.Image:

@@ -101,6 +101,11 @@ class StoredDataset:
     def labels(self) -> Tensor | None:
         return self.reader.labels
 
+    @property
+    def highest_label(self) -> int | None:
+        """None without labels."""
+        return None if self.labels is None else int(self.labels.max())
+
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """The images at `indices` (int64 [B]), uint8 [B, C, H, H], and their labels, int64 [B] or None.
 

@@ -97,9 +97,19 @@ class Row(NamedTuple):
     encoded: bytes | None  # None for a cell with nothing in it
     label: int | None
 
+    def open(self) -> Image.Image:
+        """The image with its header read.
+
+        Raises:
+            UnreadableImageError: if it is none.
+        """
+        if self.encoded is None:
+            raise UnreadableImageError(self.name, "an empty cell")
+        return open_image(self.encoded, self.name)
+
 
 class Stream:
-    """The images of a table one after another, as they arrive: nothing is stored, and there is one way through.
+    """The images of a table one after another, as they arrive, with nothing stored.
 
     Args:
         name: as of a `Table`.
@@ -124,9 +134,31 @@ class Stream:
             self._rows = self._rows.cast_column(self._column, _undecoded())
 
     def __iter__(self) -> Iterator[Row]:
+        return self._read(self._rows, self.name, 0)
+
+    @property
+    def shards(self) -> int:
+        """The parts it lies in; each can be read by itself."""
+        return int(self._rows.num_shards)
+
+    def shard(self, number: int, first: int = 0) -> Iterator[Row]:
+        """The rows of a part from its row `first` on."""
+        if self.shards == 1:
+            return self._read(self._rows.skip(first), self.name, first)
+        rows = self._rows.shard(self.shards, number).skip(first)
+        return self._read(rows, f"part {number + 1} of {self.name}", first)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what is known without reading it: names, columns, and counts where they are told."""
+        about = self._rows.info
+        known = (self.name, str(self._rows.features), str(about.splits), str(about.version), self.shards)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+    def _read(self, rows: Any, place: str, first: int) -> Iterator[Row]:
         try:
-            for number, row in enumerate(self._rows):
-                name = f"row {number:,} of {self.name}"
+            for number, row in enumerate(rows, first):
+                name = f"row {number:,} of {place}"
                 cell = row[self._column]
                 if isinstance(cell, dict):
                     cell = cell.get("bytes") or (_from_file(cell["path"], name) if _is_file(cell.get("path")) else None)

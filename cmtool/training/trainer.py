@@ -51,6 +51,24 @@ class Stream(Protocol):
         ...
 
 
+class Endless(Stream, Protocol):
+    """Data in an order of its own, without end: images are asked for by their position in the training."""
+
+    endless: bool
+
+    def batch(self, positions: Tensor) -> tuple[Tensor | None, ...]:
+        """As `Images.batch`."""
+        ...
+
+    def state_dict(self, position: int) -> Mapping[str, Any]:
+        """What is needed to go on with a position."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        ...
+
+
 class Report(NamedTuple):
     """One finished step. The losses are tensors on the device: reading them waits for it.
 
@@ -93,7 +111,7 @@ class Trainer:
 
     Args:
         recipe: what to do.
-        data: images by index.
+        data: images by index, or endless ones.
         card: the model card of the result; its `role`, `preset` and `iterations` are filled in here.
         teacher: the model to follow; required by recipes that distil.
         init: model to start from, the first stage of a truncated one; the teacher where the recipe says so.
@@ -116,7 +134,7 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        data: Images,
+        data: Images | Endless,
         card: ModelCard,
         *,
         teacher: FlowMap | None = None,
@@ -131,9 +149,10 @@ class Trainer:
         processes: Processes = ALONE,
         sharded: bool = False,
     ) -> None:
-        if len(data) < recipe.batch:
+        size = _size(data)
+        if size is not None and size < recipe.batch:
             raise DataError(
-                f"the data has {len(data)} images, fewer than one batch of {recipe.batch}", "try a smaller --batch"
+                f"the data has {size} images, fewer than one batch of {recipe.batch}", "try a smaller --batch"
             )
         if recipe.augment is not None and getattr(recipe.network, "augment_dim", 0) != recipe.augment.dim:
             raise ConfigError(
@@ -144,9 +163,10 @@ class Trainer:
             raise ConfigError(
                 f"a micro-batch holds at least 1 image, found {micro_batch}", "leave it out for all at once"
             )
-        self.recipe, self.data, self.seed, self.micro_batch = recipe, data, seed, micro_batch
+        self.data: Any = data
+        self.recipe, self.seed, self.micro_batch = recipe, seed, micro_batch
         self.device, self.processes = torch.device(device), processes
-        self.order = Order(len(data), seed)
+        self.order = None if size is None else Order(size, seed)
         self.step = 0
         self._feed: _Feed | None = None
         self._health = Health(self.device)
@@ -425,8 +445,9 @@ class Trainer:
         )
 
     def indices(self, step: int) -> Tensor:
-        """The images of the batch of a step, over all processes."""
-        return self.order.indices(step * self.recipe.batch, self.recipe.batch)
+        """The images of the batch of a step, over all processes; of endless data their positions."""
+        first, count = step * self.recipe.batch, self.recipe.batch
+        return torch.arange(first, first + count) if self.order is None else self.order.indices(first, count)
 
     def _own(self, count: int) -> Tensor | slice:
         """Which of a batch's images this process computes with."""
@@ -485,13 +506,17 @@ class Trainer:
             "averages": {name: model.state_dict() for name, (_, model) in self.averages.items()},
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            **({} if self.order is not None else {"data": self.data.state_dict(self.images)}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self._health, self._feed = Health(self.device), None
         self.step, self.seed = state["step"], state["seed"]
-        self.order = Order(len(self.data), self.seed)
+        if self.order is not None:
+            self.order = Order(self.order.size, self.seed)
+        else:
+            self.data.load_state_dict(state["data"])
         self.model.load_state_dict(_spread(state["model"], self.model))
         if self.target is not self.model:
             self.target.load_state_dict(_spread(state["target"], self.target))
@@ -524,6 +549,11 @@ class Trainer:
     def sharded(self) -> bool:
         """Whether each process holds only a part of the weights."""
         return self._parallel.sharded
+
+
+def _size(data: Any) -> int | None:
+    """How many images there are; None for endless data."""
+    return None if getattr(data, "endless", False) else len(data)
 
 
 def _spread(state: Mapping[str, Any], module: torch.nn.Module) -> dict[str, Any]:

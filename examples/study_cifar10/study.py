@@ -2,6 +2,7 @@
 
     python examples/study_cifar10/study.py --data TRAIN_FOLDER --test TEST_FOLDER --out study
     python examples/study_cifar10/study.py --out study --table      only the tables, from what is there
+    python examples/study_cifar10/study.py --out study --store examples/study_cifar10/runs      keep what they need
 
 Every row is a run folder of `cmtool train` or `distill`, with its `config.json` and `metrics.jsonl`, and what `cmtool
 evaluate` said of it (`quality.json`, `ode.json`): samples in 1, 2 and 4 network calls against the test images, in the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -41,24 +43,25 @@ class Row:
     solver: str | None = None  # how it is sampled, where it is not by its own jumps
     calls: tuple[int, ...] = CALLS
     settings: tuple[str, ...] = ()
+    published: str = ""  # FID of CIFAR-10 at 32x32 in 1 and 2 calls, and who says so
 
 
-TEACHERS = (Row("edm", "edm", solver="heun", calls=(18,)),)
+TEACHERS = (Row("edm", "edm", solver="heun", calls=(18,), published="1.79, 35 calls (Karras et al. 2022)"),)
 ROWS = (
-    Row("ct", "ct"),
-    Row("ict", "ict"),
-    Row("ect", "ect", init="edm"),
-    Row("tcm", "tcm", init="ect"),
-    Row("sct", "sct", init="edm"),
+    Row("ct", "ct", published="8.70, 5.83 (Song et al. 2023)"),
+    Row("ict", "ict", published="2.83, 2.46 (Song and Dhariwal 2023)"),
+    Row("ect", "ect", init="edm", published="3.60, 2.11 (Geng et al. 2024)"),
+    Row("tcm", "tcm", init="ect", published="2.46 (Lee et al. 2024)"),
+    Row("sct", "sct", init="edm", published="2.85, 2.06 (Lu and Song 2024)"),
     Row("ct-continuous", "ct-continuous", init="edm"),
     Row("flow-ct", "flow-ct"),
-    Row("meanflow", "meanflow"),
+    Row("meanflow", "meanflow", published="2.92 (Geng et al. 2025)"),
     Row("shortcut", "shortcut"),
-    Row("cd", "cd", teacher="edm"),
+    Row("cd", "cd", teacher="edm", published="3.55, 2.93 (Song et al. 2023)"),
     Row("cd-continuous", "cd-continuous", teacher="edm"),
-    Row("scd", "scd", teacher="edm"),
+    Row("scd", "scd", teacher="edm", published="3.66, 2.52 (Lu and Song 2024)"),
     Row("direct", "direct", teacher="edm"),
-    Row("pd", "pd", teacher="edm", calls=(1,)),
+    Row("pd", "pd", teacher="edm", calls=(1,), published="8.34 (Song et al. 2023)"),
     Row("flow-cd", "flow-cd", teacher="edm"),
     Row("reflow", "reflow", teacher="edm", solver="euler"),
 )
@@ -137,6 +140,20 @@ class Study:
                 *("-n", 4 if options.short else 256, "--out", folder / "ode.json"),
             )
 
+    def store(self, where: Path) -> None:
+        """Copy what the tables need of each finished row, told from the study's folder on."""
+        here = str(self.out.resolve()) + "/"
+        for row in (*TEACHERS, *ROWS):
+            for folder in (self.folder(row, seed) for seed in self._seeds(row)):
+                if (folder / "quality.json").exists():
+                    (where / folder.name).mkdir(parents=True, exist_ok=True)
+                    for name in ("config.json", "metrics.jsonl", "quality.json", "ode.json"):
+                        if (folder / name).exists():
+                            text = (folder / name).read_text().replace(here, "")
+                            (where / folder.name / name).write_text(text)
+                    if (folder / "strip.png").exists():
+                        shutil.copy(folder / "strip.png", where / folder.name)
+
     def _finished(self, folder: Path) -> bool:
         try:
             length = json.loads((folder / "config.json").read_text())["recipe"]["iterations"]
@@ -154,7 +171,7 @@ class Study:
         if not found:
             raise SystemExit(f"{self.out} holds no finished rows")
         heads = ["method", "from", "fd_judge, 1 call", "2 calls", "4 calls", "precision, recall (fewest calls)"]
-        heads += ["ODE error", "images seen", "minutes", "s / 1,000 images, 1 call"]
+        heads += ["ODE error", "images seen", "minutes", "s / 1,000 images", "published FID, 32x32"]
         lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         lines += [self._line(row, many) for row, many in found.items()]
         (self.out / "table.md").write_text("\n".join(lines) + "\n")
@@ -199,7 +216,7 @@ class Study:
         cells = [
             *(f"`{row.name}`", row.teacher or (f"{row.init} (start)" if row.init else "scratch"), *fds, ", ".join(pr)),
             *(over(odes, ".4f"), f"{many[0]['images']:,}", over([one["minutes"] for one in many], ".1f")),
-            over(seconds, ".1f"),
+            *(over(seconds, ".1f"), row.published),
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -222,10 +239,10 @@ class Study:
         strips = []
         for row in rows:
             folder = self.folder(row, self._seeds(row)[0])
-            if not (folder / "model.safetensors").exists():
-                continue
             strip = folder / "strip.png"
             if not strip.exists():
+                if not (folder / "model.safetensors").exists():
+                    continue
                 how = ("--solver", row.solver, "--steps", row.calls[0]) if row.solver else ("--steps", 1)
                 self.cmtool("sample", "--model", folder, "--seeds", "0-9", "--labels", "0-9", "--grid", strip, *how)
             strips.append((row.name, strip))
@@ -261,10 +278,15 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=16, help="of the images; 16 is for 2 cores")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--store", type=Path, help="copy the run folders there without weights; trains nothing")
     parser.add_argument("--table", action="store_true", help="only the tables")
     parser.add_argument("--short", action="store_true", help="a few steps of each: does everything run?")
     options = parser.parse_args()
     study = Study(options)
+    if options.store:
+        study.table()  # makes the samples
+        study.store(options.store)
+        return
     if not options.table:
         if not (options.data and options.test):
             raise SystemExit("--data and --test: the folders of the images")

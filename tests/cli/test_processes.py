@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cmtool.io.shards import encode
 from tests import team
+from tests.models import Pictures
 
 TRAIN = [
     *("train", "--data", "digits:test", "--preset", "ect", "--network", "tiny", "--batch", "10", "--seed", "3"),
@@ -95,6 +97,19 @@ def test_a_run_of_one_process_goes_on_in_two(alone, begun, tmp_path):
     run = copied(begun, tmp_path)
     good(team.cmtool(2, "train", "--resume", run, "--shard"))
     equal(run, alone)
+
+
+def test_a_stream_has_one_order_for_any_number_of_processes(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = [image.numpy() for image in Pictures(classes=0).images]
+    kinds = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": encode(image), "path": None} for image in images]}
+    datasets.Dataset.from_dict(rows, kinds).to_parquet(tmp_path / "t.parquet")
+    ask = [*TRAIN[:2], tmp_path / "t.parquet", *TRAIN[3:], "--stream", "--sample-every", "0"]
+    good([team.alone(*ask, "--out", tmp_path / "alone")])
+    good(team.cmtool(2, *ask, "--shard", "--stop-after", 3, "--out", tmp_path / "two"), 75)  # in the second epoch
+    good([team.alone("train", "--resume", tmp_path / "two")])
+    equal(tmp_path / "two", tmp_path / "alone")
 
 
 def test_samples_are_those_of_one_process(alone, tmp_path):

@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from cmtool import spec
-from cmtool.cli import options, training
-from cmtool.io import checkpoint, data
+from cmtool.cli import options, presets, training
+from cmtool.io import checkpoint, data, streamed
 from cmtool.io.run import RunFolder
+from cmtool.io.shards import encode
 from cmtool.networks import configs
-from cmtool.training.presets import PRESETS, Shape
+from cmtool.training.presets import DEFAULTS, PRESETS, Shape
 from cmtool.training.trainer import Trainer
 from tests.models import Pictures, micro, model
 
@@ -94,6 +95,34 @@ def test_teach_distil_and_train_without_a_teacher(train, cli, pictures, tmp_path
     assert train("ct", preset="ct").code == 0
     for name in ("student", "ct"):
         assert cli("sample", "--model", tmp_path / name, "--out", tmp_path / "x.png").code == 0
+
+
+def test_the_preset_where_none_is_named(train, cli, pictures, tmp_path):
+    assert train("teacher").code == 0
+    ask = ("--data", pictures, "--out", tmp_path / "x", "--batch", 4, "--dry-run", "--json")
+    for argv, expected in (
+        (("train", "--network", "tiny"), DEFAULTS["nothing"]),
+        (("train", "--init", tmp_path / "teacher"), DEFAULTS["init"]),
+        (("distill", "--teacher", tmp_path / "teacher"), DEFAULTS["teacher"]),
+        (("train", "--config", tmp_path / "teacher"), "edm"),  # the run's own
+    ):
+        result = cli(*argv, *ask)
+        assert json.loads(result.stdout)["recipe"]["preset"] == expected
+        assert ("no --preset is named" in result.stderr) == ("--config" not in argv)
+    (tmp_path / "config.json").write_text('{"recipe": {"batch": 4}}')
+    cli("train", "--config", tmp_path / "config.json", *ask).error(2, "does not tell its preset")
+
+
+def test_the_default_presets_are_told(cli):
+    assert all(
+        presets.COMMANDS[DEFAULTS[start]] == command
+        for start, command in (("nothing", presets.TRAIN), ("init", presets.INIT), ("teacher", presets.DISTIL))
+    )
+    text = " ".join(cli("train", "--help").stdout.decode().replace("\u2502", " ").split())
+    assert (
+        f"[default: {DEFAULTS['teacher']} from a teacher, {DEFAULTS['init']} with --init, else {DEFAULTS['nothing']}]"
+        in text
+    )
 
 
 def test_a_dry_run_checks_everything_and_writes_nothing(train, tmp_path):
@@ -483,6 +512,48 @@ def test_whatever_a_method_remembers_it_goes_on_with(cli, pictures, models, argv
     assert one == other
 
 
+@pytest.fixture
+def rows(tmp_path):
+    """Twenty pictures of 8x8 in a table of two files."""
+    datasets = pytest.importorskip("datasets")
+    made = Pictures(classes=3)
+    cells = [{"bytes": encode(image.numpy()), "path": None} for image in made.images[:20]]
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    table = datasets.Dataset.from_dict({"image": cells, "label": made.labels[:20].tolist()}, kinds)
+    (tmp_path / "rows").mkdir()
+    for part in range(2):
+        table.shard(2, part, contiguous=True).to_parquet(tmp_path / "rows" / f"{part}.parquet")
+    return tmp_path / "rows"
+
+
+def test_a_stream_goes_on_where_it_was(cli, rows, tmp_path, monkeypatch):
+    """Data that is stored nowhere, in blocks that end in the middle of batches."""
+    monkeypatch.setattr(streamed, "ROWS", 7)
+    ask = ("train", "--data", rows, "--stream", "--preset", "edm", "--iterations", 12, *TINY, "--save-every", 1)
+    whole = cli(*ask, "--out", tmp_path / "whole", "--judge-every", 6)
+    assert whole.code == 0, whole.stderr
+    assert "images as they arrive, 8x8 RGB; 3 classes" in whole.stderr
+    assert cli("info", tmp_path / "whole", "--json").code == 0
+    for stop in (1, 4, 7):
+        run = tmp_path / f"part-{stop}"
+        assert cli(*ask, "--out", run, "--stop-after", stop).code == training.STOPPED
+        assert cli("train", "--resume", run).code == 0
+        assert same(weights(run), weights(tmp_path / "whole"))
+    assert json.loads((tmp_path / "whole" / "config.json").read_text())["data"]["stream"] is True
+
+
+def test_streams_that_cannot_be(cli, rows, pictures, tmp_path):
+    ask = ("train", "--preset", "edm", "--stream", "--out", tmp_path / "x", *TINY)
+    cli(*ask, "--data", pictures).error(1, "only tables are streamed")
+    cli(*ask, "--data", rows, "--workers", 2).error(2, "--workers")
+    small = cli(*ask, "--data", rows, "--resolution", 16)  # only known when it comes
+    assert small.code == 1
+    assert "too small for 16x16" in small.stderr
+    assert "--upscale" in small.stderr.splitlines()[-1]
+    result = cli(*ask, "--data", rows, "--dry-run", "--json")
+    assert json.loads(result.stdout)["data"]["stream"] is True
+
+
 def test_augmentation_is_told_to_the_network(train, cli, tmp_path):
     assert train("run", "--set", "augment=augment").code == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -516,7 +587,7 @@ def test_several_averages_are_kept(train, cli, tmp_path):
     ("argv", "code", "words"),
     [
         (["train", "--preset", "emd"], 2, ["emd", "did you mean edm"]),
-        (["train"], 2, ["--preset", "edm"]),
+        (["distill"], 2, ["follows a teacher", "--teacher"]),
         (["train", "--preset", "cd"], 2, ["follows a teacher", "cmtool distill"]),
         (["distill", "--preset", "cd"], 2, ["follows a teacher", "--teacher"]),
         (["distill", "--preset", "ct", "--teacher", "TEACHER"], 2, ["would ignore --teacher", "cmtool train"]),

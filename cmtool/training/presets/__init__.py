@@ -17,7 +17,10 @@ from cmtool.training.presets.shape import Shape
 if TYPE_CHECKING:
     from cmtool.training.recipe import Recipe
 
-__all__ = ["PRESETS", "Shape", "preset", "summary"]
+__all__ = ["DEFAULTS", "PRESETS", "Shape", "preset", "summary"]
+
+# What is used where no preset is named, by what there is to start from.
+DEFAULTS = {"teacher": "cd", "init": "ect", "nothing": "ict"}
 
 PRESETS: dict[str, Callable[[Shape], Recipe]] = {
     "edm": diffusion.edm,
