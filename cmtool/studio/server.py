@@ -27,12 +27,13 @@ from cmtool import generate, starts
 from cmtool.errors import DataError, UsageError, UserError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.io.images import MASK_THRESHOLD, from_uint8, png_bytes, read_encoded, to_uint8
+from cmtool.io.kernels import read_kernel
 
 HOST = "127.0.0.1"
 MOST_BYTES = 32 * 2**20  # of an upload
 MOST_PIXELS = 2048 * 2048
 MOST_ANSWERS = 16
-TASKS = ("inpaint", "colorize", "superres", "stroke", "denoise")
+TASKS = ("inpaint", "colorize", "superres", "deblur", "stroke", "denoise")
 
 
 class Studio(ThreadingHTTPServer):
@@ -82,7 +83,7 @@ class Studio(ThreadingHTTPServer):
         """Compute what was asked for.
 
         Args:
-            asked: task; image and mask as data: addresses; seed, count, steps, factor, sigma, label; see `Asked`.
+            asked: task; image and mask as data: addresses; seed, count, steps, factor, blur, sigma, label; see `Asked`.
         Returns:
             images (seed, and the picture as a data: address), the same as a shell command, and the seconds it took.
         Raises:
@@ -117,6 +118,10 @@ class Asked:
         self.sigma = asked.get("sigma")
         if self.sigma is not None and (type(self.sigma) not in (int, float) or not 0 <= self.sigma < 1e6):
             raise UsageError("the noise is a number from 0 on, in 255ths", "25, for example")
+        blur = asked.get("blur") or 1.5
+        if type(blur) not in (int, float) or not 0 < blur <= 20:
+            raise UsageError("the blur is a number of pixels up to 20", "1.5, for example")
+        self.kernel = f"gaussian:{blur:g}"
         self.image = from_uint8(_picture(asked.get("image"), "image", model.card.channels))[None]
         self.mask = None
         if self.task == "inpaint":
@@ -135,6 +140,8 @@ class Asked:
             return starts.denoise(model, self.image, sigma=sigma, labels=self.label)
         if self.task == "superres":
             return generate.superres(model, self.image, self.factor, steps=self.steps, **common)
+        if self.task == "deblur":
+            return generate.deblur(model, self.image, read_kernel(self.kernel), steps=self.steps, **common)
         if self.task == "colorize":
             return generate.colorize(model, self.image, steps=self.steps, **common)
         assert self.mask is not None
@@ -147,6 +154,8 @@ class Asked:
             words += ["--mask", "mask.png"]
         if self.task == "superres":
             words += ["--factor", str(self.factor)]
+        if self.task == "deblur":
+            words += ["--kernel", self.kernel]
         if self.task == "denoise":
             words += [] if self.sigma is None else ["--sigma", f"{self.sigma:g}"]
         else:

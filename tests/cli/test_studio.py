@@ -22,6 +22,7 @@ from PIL import Image
 from cmtool import generate, starts
 from cmtool.io import checkpoint
 from cmtool.io.images import from_uint8, to_uint8
+from cmtool.io.kernels import read_kernel
 from cmtool.studio import server as module
 from cmtool.studio.server import Studio
 from tests.browser import CHROMIUM, Browser
@@ -96,6 +97,7 @@ def test_answers_are_those_of_the_library(studio, model, picture, task):
         count=2,
         steps=3,
         factor=2,
+        blur=0.8,
         sigma=20,
         label=1,
     )
@@ -106,6 +108,7 @@ def test_answers_are_those_of_the_library(studio, model, picture, task):
         "inpaint": lambda: generate.inpaint(model, known, torch.from_numpy(HOLE[None, ..., 0] > 0), steps=3, **common),
         "colorize": lambda: generate.colorize(model, known, steps=3, **common),
         "superres": lambda: generate.superres(model, known, 2, steps=3, **common),
+        "deblur": lambda: generate.deblur(model, known, read_kernel("gaussian:0.8"), steps=3, **common),
         "stroke": lambda: starts.stroke(model, known, **common),
         "denoise": lambda: starts.denoise(model, known, sigma=20 / 127.5, labels=1),
     }[task]()
@@ -183,6 +186,8 @@ def test_uploads_have_limits(studio):
         ({"task": "colorize", "image": "GOOD", "steps": 0}, "steps is a whole number"),
         ({"task": "superres", "image": "GOOD", "factor": 1}, "factor is a whole number"),
         ({"task": "colorize", "image": "GOOD", "label": 9}, "label is a whole number"),
+        ({"task": "deblur", "image": "GOOD", "blur": -1}, "the blur is a number"),
+        ({"task": "deblur", "image": "GOOD", "blur": "1"}, "the blur is a number"),
         ({"task": "denoise", "image": "GOOD", "sigma": "x"}, "the noise is a number"),
         ({"task": "denoise", "image": "GOOD", "sigma": 1e5}, "knows noise up to"),
     ],
@@ -298,6 +303,11 @@ def test_an_edit_by_hand(cli, studio, picture, tmp_path):
         choose(browser, "task", "superres")
         assert browser.ask("at('brushes').hidden") is True
         assert browser.ask("at('factors').hidden") is False
+        choose(browser, "task", "deblur")
+        assert browser.ask("at('blurs').hidden") is False
+        choose(browser, "blur", 0.7)
+        browser.ask("at('run').click()")
+        browser.wait("at('command').textContent.includes('--kernel gaussian:0.7') && !at('run').disabled")
         choose(browser, "task", "stroke")
         browser.ask("at('run').click()")
         browser.wait("at('command').textContent.includes('stroke') && !at('run').disabled")
