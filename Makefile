@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo demo-short family examples-short cookbook-short test lint bench bench-short clean
+.PHONY: demo demo-short family examples-short cookbook cookbook-short test lint bench bench-short clean
 .DEFAULT_GOAL := demo
 
 $(BIN)/python:
@@ -41,8 +41,11 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
 		--out family-short/composition.safetensors
 
-cookbook-short: $(VENV)/.demo demo-short/student/model.safetensors  ## every script of the cookbook with almost no work
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/short.sh demo-short/teacher cookbook-short
+cookbook: $(VENV)/.demo  ## every script of the cookbook on digits, what it prints and makes in cookbook/kept
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/all.sh cookbook
+
+cookbook-short: $(VENV)/.demo  ## the same with almost no work
+	PATH="$(CURDIR)/$(BIN):$$PATH" SHORT=1 bash examples/cookbook/all.sh cookbook-short
 
 demo-short/student/model.safetensors:
 	$(MAKE) demo-short
@@ -64,4 +67,4 @@ bench-short: $(VENV)/.dev  ## a little of each: does it run?
 	$(BIN)/python benchmarks/run.py --quick
 
 clean:
-	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short cookbook-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo demo-short family family-short inconsistencies inconsistencies-short cookbook cookbook-short build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

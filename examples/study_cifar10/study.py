@@ -2,7 +2,7 @@
 
     python examples/study_cifar10/study.py --data TRAIN_FOLDER --test TEST_FOLDER --out study
     python examples/study_cifar10/study.py --out study --table      only the tables, from what is there
-    python examples/study_cifar10/study.py --out study --store examples/study_cifar10/runs      keep what they need
+    python examples/study_cifar10/study.py --out study --store examples/study_cifar10/kept      keep what they need
 
 Every row is a run folder of `cmtool train` or `distill`, with its `config.json` and `metrics.jsonl`, and what `cmtool
 evaluate` said of it (`quality.json`, `ode.json`): samples in 1, 2 and 4 network calls against the test images, in the
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from cmtool.io.data import open_data
 from cmtool.reporting.plot import Axis, Series, plot
@@ -45,7 +45,20 @@ class Row:
     settings: tuple[str, ...] = ()
     published: str = ""  # FID of CIFAR-10 at 32x32 in 1 and 2 calls, and who says so
 
+    @property
+    def kind(self) -> str:
+        """What it learns from."""
+        if self.preset == "edm":
+            return "the teacher"
+        return "distilled from it" if self.teacher else "started from it" if self.init else "from scratch"
 
+
+KINDS = {
+    "the teacher": "#000000",
+    "from scratch": "#0072b2",
+    "started from it": "#009e73",
+    "distilled from it": "#d55e00",
+}
 TEACHERS = (Row("edm", "edm", solver="heun", calls=(18,), published="1.79, 35 calls (Karras et al. 2022)"),)
 ROWS = (
     Row("ct", "ct", published="8.70, 5.83 (Song et al. 2023)"),
@@ -214,28 +227,39 @@ class Study:
         odes = [value for one in many for name, value in one["ode"].items() if name.startswith("ode_error")]
         seconds = [1000 * one["calls"][fewest]["seconds"] / one["count"] for one in many]
         cells = [
-            *(f"`{row.name}`", row.teacher or (f"{row.init} (start)" if row.init else "scratch"), *fds, ", ".join(pr)),
+            *(
+                f"`{row.name}`",
+                row.teacher or (f"{row.init}'s weights" if row.init else "scratch"),
+                *fds,
+                ", ".join(pr),
+            ),
             *(over(odes, ".4f"), f"{many[0]['images']:,}", over([one["minutes"] for one in many], ".1f")),
             *(over(seconds, ".1f"), row.published),
         ]
         return "| " + " | ".join(cells) + " |"
 
     def _plot(self, found: dict[Row, list[dict]]) -> None:
+        """Distances (means over the seeds) against calls and seconds; what a method starts from is its colour."""
         for axis in ("network calls", "seconds a 1,000 images"):
-            series = []
+            series, seen = [], set()
             for row, many in found.items():
                 points = []
                 for calls in sorted(many[0]["calls"]):
                     rows = [one["calls"][calls] for one in many if calls in one["calls"]]
                     across = calls if axis == "network calls" else 1000 * rows[0]["seconds"] / many[0]["count"]
                     points.append((across, sum(metric(one, "fd") for one in rows) / len(rows)))
-                series.append(Series(row.name, points, line=len(points) > 1))
+                kind = row.kind
+                name = "" if kind in seen else kind
+                seen.add(kind)
+                labels = [""] * (len(points) - 1) + [row.name]
+                series.append(Series(name, points, labels, line=len(points) > 1, colour=KINDS[kind], marker="circle"))
             title = "Distance to CIFAR-10's test images in a classifier's features"
             name = "calls" if axis == "network calls" else "seconds"
-            plot(series, Axis(axis, log=True), Axis("fd_judge", log=True), title=title).save(self.out / f"{name}.png")
+            picture = plot(series, Axis(axis, log=True), Axis("fd_judge", log=True), title=title, size=(1000, 720))
+            picture.save(self.out / f"{name}.png")
 
     def _samples(self, rows: list[Row]) -> None:
-        """The same ten seeds of each method in one call (of a teacher in 35), a line each; needs the models."""
+        """The same ten seeds of each method in one and two calls (of the teacher in 35); needs the models."""
         strips = []
         for row in rows:
             folder = self.folder(row, self._seeds(row)[0])
@@ -243,18 +267,39 @@ class Study:
             if not strip.exists():
                 if not (folder / "model.safetensors").exists():
                     continue
-                how = ("--solver", row.solver, "--steps", row.calls[0]) if row.solver else ("--steps", 1)
-                self.cmtool("sample", "--model", folder, "--seeds", "0-9", "--labels", "0-9", "--grid", strip, *how)
+                pieces = [
+                    (place, column, piece)
+                    for column, calls in enumerate(row.calls[:2])
+                    for place, piece in enumerate(self._ten(row, folder, calls))
+                ]
+                side = pieces[0][2].width
+                _pasted([(side * place + 11 * side * column, 0, piece) for place, column, piece in pieces]).save(strip)
             strips.append((row.name, strip))
-        if strips:
-            pictures = [Image.open(strip).convert("RGB") for _, strip in strips]
-            whole = Image.new("RGB", (pictures[0].width, sum(one.height for one in pictures)))
-            top = 0
-            for one in pictures:
-                whole.paste(one, (0, top))
-                top += one.height
-            whole.save(self.out / "samples.png")
-            print("samples.png, from the top:", ", ".join(name for name, _ in strips))
+        pictures = []
+        for place, (name, strip) in enumerate(strips):
+            with Image.open(strip) as small:
+                large = small.convert("RGB").resize((3 * small.width, 3 * small.height), Image.Resampling.NEAREST)
+            label = Image.new("RGB", (110, large.height), "white")
+            ImageDraw.Draw(label).text((104, large.height // 2), name, "black", anchor="rm", font_size=14)
+            top = place * (large.height + 4)
+            pictures += [(0, top, label), (label.width, top, large)]
+        if pictures:
+            _pasted(pictures).save(self.out / "samples.png")
+
+    def _ten(self, row: Row, folder: Path, calls: int) -> list[Image.Image]:
+        how = ("--solver", row.solver) if row.solver else ()
+        ask = ("--seeds", "0-9", "--labels", "0-9", "--steps", calls, "--out", folder / f"ten-{calls}")
+        self.cmtool("sample", "--model", folder, *ask, *how)
+        return [Image.open(file).convert("RGB") for file in sorted((folder / f"ten-{calls}").glob("*.png"))]
+
+
+def _pasted(pictures: list[tuple[int, int, Image.Image]]) -> Image.Image:
+    """Pictures at their places, on white."""
+    width, height = (max(one[axis] + one[2].size[axis] for one in pictures) for axis in (0, 1))
+    whole = Image.new("RGB", (width, height), "white")
+    for left, top, picture in pictures:
+        whole.paste(picture, (left, top))
+    return whole
 
 
 def last_line(folder: Path) -> dict:
