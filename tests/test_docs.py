@@ -15,7 +15,13 @@ from cmtool.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "LOG.md", ROOT / "docs" / "api.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "study_cifar10" / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "examples" / "LOG.md",
+    ROOT / "docs" / "api.md",
+]
 
 
 def test_the_reference_is_current():
