@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cmtool.cli import options
-from cmtool.io import data as io_data
+from cmtool.io import fitting
 
 
 def picture(width, height, seed=0):
@@ -173,8 +173,8 @@ class TestPreview:
 
 def test_the_words_of_the_options_are_those_of_the_library():
     """The options must not import the library to know them."""
-    assert options.CROPS == io_data.CROPS
-    assert options.RESIZES == io_data.RESIZES
+    assert options.CROPS == fitting.CROPS
+    assert options.RESIZES == fitting.RESIZES
 
 
 def test_help_and_usage_errors_do_not_load_torch():

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cmtool import spec
-from cmtool.cli import options, presets, training
-from cmtool.io import checkpoint, data, streamed
+from cmtool.cli import presets, training
+from cmtool.io import checkpoint, streamed
 from cmtool.io.run import RunFolder
 from cmtool.io.shards import encode
 from cmtool.networks import configs
@@ -672,8 +672,3 @@ def test_a_second_interrupt_is_immediate():
         assert stopped() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-def test_the_choices_are_those_of_the_data_module():
-    assert options.CROPS == data.CROPS
-    assert options.RESIZES == data.RESIZES
