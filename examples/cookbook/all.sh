@@ -29,10 +29,10 @@ keep() {
 serve.py() {
   python "$here/serve.py" "$@" > "$out/address" &
   local server=$!
-  trap 'kill $server' RETURN
   until [ -s "$out/address" ]; do sleep 0.2; done
   cat "$out/address"
   python -c 'import sys, urllib.request; urllib.request.urlretrieve(*sys.argv[1:])' "$(cat "$out/address")" "$out/kept/serve.png"
+  kill "$server"
 }
 
 onnx() {
