@@ -217,8 +217,8 @@ class Distillation(Request):
 def train(request: Request) -> None:
     """Train a model on images.
 
-    A diffusion teacher, or a model that takes one step or a few and needs no teacher. Give --data and --preset, or a
-    --config that names them.
+    A diffusion teacher, or a model that takes one step or a few and needs no teacher. Give --data, or a --config
+    that names it.
     """
     if request.teacher is not None or request.guidance is not None:
         name = "--teacher" if request.teacher is not None else "--guidance"
@@ -233,7 +233,6 @@ def train(request: Request) -> None:
 def distill(request: Distillation) -> None:
     """Distil a diffusion model into one of few steps.
 
-    The student of a teacher takes one step or a few. Give --teacher, --data and --preset, or a --config that names
-    them.
+    The student of a teacher takes one step or a few. Give --teacher and --data, or a --config that names them.
     """
     training.run(request)
