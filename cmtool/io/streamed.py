@@ -118,8 +118,10 @@ class StreamedDataset:
 
     def head(self, count: int) -> Head:
         """Its first `count` images, in memory; fewer where a block is smaller."""
-        block = next(self._blocks(Mark()))
-        return Head(*self.batch(torch.arange(min(count, len(block.rows)))))
+        block = next(self._ahead(self._blocks(Mark()), 1))
+        places = range(min(count, len(block.rows)))
+        with ThreadPoolExecutor(_THREADS, "decoder") as pool:
+            return Head(*self._stacked(list(pool.map(self._made, [block] * len(places), places))))
 
     @property
     def highest_label(self) -> int | None:
@@ -177,11 +179,14 @@ class StreamedDataset:
                             marks.append(block.mark)
                     here.append(position - block.mark.position)
                 made += pool.map(self._made, [block] * len(here), here)
-                pixels = np.empty((len(made), self.plan.channels, *[self.plan.resolution] * 2), np.uint8)
-                for place, (image, _) in enumerate(made):
-                    pixels[place] = image
-                labels = torch.tensor([label for _, label in made], dtype=torch.int64) if self.class_names else None
-                yield torch.from_numpy(pixels), labels
+                yield self._stacked(made)
+
+    def _stacked(self, made: list[tuple[NDArray[np.uint8], int | None]]) -> tuple[Tensor, Tensor | None]:
+        pixels = np.empty((len(made), self.plan.channels, *[self.plan.resolution] * 2), np.uint8)
+        for place, (image, _) in enumerate(made):
+            pixels[place] = image
+        labels = torch.tensor([label for _, label in made], dtype=torch.int64) if self.class_names else None
+        return torch.from_numpy(pixels), labels
 
     def _made(self, block: Block, number: int) -> tuple[NDArray[np.uint8], int | None]:
         """A row's image and label; of one that cannot be read, the next that can."""

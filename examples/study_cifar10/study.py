@@ -154,7 +154,7 @@ class Study:
             )
 
     def store(self, where: Path) -> None:
-        """Copy what the tables need of each finished row, told from the study's folder on."""
+        """Copy what the tables need of each finished row, told from the study's folder on, and make them there."""
         here = str(self.out.resolve()) + "/"
         for row in (*TEACHERS, *ROWS):
             for folder in (self.folder(row, seed) for seed in self._seeds(row)):
@@ -331,6 +331,8 @@ def main() -> None:
     if options.store:
         study.table()  # makes the samples
         study.store(options.store)
+        options.out = options.store
+        Study(options).table()
         return
     if not options.table:
         if not (options.data and options.test):

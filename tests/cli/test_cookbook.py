@@ -1,4 +1,4 @@
-"""The cookbook's server; the shell scripts run in `make examples-short`."""
+"""The cookbook's server; the shell scripts run in `make cookbook-short`."""
 
 from __future__ import annotations
 
