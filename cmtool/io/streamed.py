@@ -13,8 +13,9 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as LateError
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -200,7 +201,7 @@ class StreamedDataset:
                 continue
             misfit = self.plan.misfit(image.size)
             if misfit:
-                raise _misfit(self.report.source, row.name, image.size, misfit, self.plan)
+                raise _misfit(row.name, image.size, misfit, self.plan)
             if row.label is not None and self.class_names and row.label >= len(self.class_names):
                 raise DataError(
                     f"{row.name} has the label {row.label}, and there are {len(self.class_names)} classes",
@@ -297,6 +298,7 @@ def open_stream(
             "pack it first: cmtool data pack --stream",
         )
     plan = Plan(resolution or _first_side(table), crop, resize, upscale, channels, resolution is None)
+    _check_first(table, plan)
     report = StreamReport(source, plan.resolution, channels, crop, resize, table.class_names)
     return StreamedDataset(table, plan, report, table.fingerprint, seed)
 
@@ -312,7 +314,17 @@ def _first_side(table: Stream) -> int:
     raise DataError(f"no image in {table.name!r} can be read, {reason}", "is it the right table?")
 
 
-def _misfit(source: str, name: str, size: tuple[int, int], reason: str, plan: Plan) -> DataError:
+def _check_first(table: Stream, plan: Plan) -> None:
+    """Refuse at once what the first row tells already."""
+    with suppress(UnreadableImageError):
+        for row in islice(table, 1):
+            size = row.open().size
+            misfit = plan.misfit(size)
+            if misfit:
+                raise _misfit(row.name, size, misfit, plan)
+
+
+def _misfit(name: str, size: tuple[int, int], reason: str, plan: Plan) -> DataError:
     """What is done about images that do not fit can only be said when one comes."""
     wanted = f"{plan.resolution}x{plan.resolution}"
     hint = {
