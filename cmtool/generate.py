@@ -161,6 +161,7 @@ def in_batches(
             except torch.OutOfMemoryError:
                 if batch is not None or at.stop == first + 1:
                     raise
+                networks.forget(model.network)
                 size = (at.stop - first) // 2
             else:
                 yield made

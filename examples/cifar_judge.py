@@ -72,27 +72,30 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirrored by half, and moved by up to 3 pixels of 32."""
     size = images.shape[-1]
     most = 3 * size // 32
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    mirrored = (torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5).to(images.device)
     images = torch.where(mirrored, images.flip(-1), images)
     down, right = torch.randint(2 * most + 1, (2,), generator=generator).tolist()
     return F.pad(images, (most,) * 4, mode="reflect")[..., down : down + size, right : right + size]
 
 
-def train(data: str, resolution: int, epochs: int, limit: int | None = None, batch: int = 256) -> Classifier:
+def train(
+    data: str, resolution: int, epochs: int, device: torch.device, limit: int | None = None, batch: int = 256
+) -> Classifier:
     """A classifier of the folder's classes."""
     known = open_data(data, resolution=resolution, limit=limit)
     images, labels = known.images, known.labels
-    model = Classifier().to(memory_format=torch.channels_last).train()
-    low = precision.compute_dtype("auto", torch.device("cpu"))
+    model = Classifier().to(device, memory_format=torch.channels_last).train()
+    low = precision.compute_dtype("auto", device)
     steps = epochs * (len(images) // batch)
     rule = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(rule, 0.2, total_steps=steps, pct_start=0.25)
     generator, start, step = torch.Generator().manual_seed(0), time.monotonic(), 0
     for epoch in range(epochs):
         for places in torch.randperm(len(images), generator=generator).split(batch)[: len(images) // batch]:
-            x = shifted(images[places].float() / 127.5 - 1, generator).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16, enabled=low is not None):
-                loss = F.cross_entropy(model(x), labels[places], label_smoothing=0.1)
+            x = shifted(images[places].to(device).float() / 127.5 - 1, generator)
+            with torch.autocast(device.type, torch.bfloat16, enabled=low is not None):
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+                loss = F.cross_entropy(logits, labels[places].to(device), label_smoothing=0.1)
             rule.zero_grad(set_to_none=True)
             loss.backward()
             rule.step()
@@ -100,7 +103,7 @@ def train(data: str, resolution: int, epochs: int, limit: int | None = None, bat
             step += 1
         seconds = time.monotonic() - start
         print(f"epoch {epoch + 1}/{epochs}, loss {float(loss.detach()):.3f}, {seconds:.0f} s", flush=True)
-    return model.eval()
+    return model.eval().cpu()
 
 
 @torch.inference_mode()
@@ -121,9 +124,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--limit", type=int, help="train on so many images, evenly spread")
     parser.add_argument("--resolution", type=int, default=32)
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = train(options.data, options.resolution, options.epochs, options.limit)
+    model = train(options.data, options.resolution, options.epochs, precision.device(options.device), options.limit)
     if options.test:
         print(f"accuracy on {options.test}: {accuracy(model, options.test, options.resolution):.1%}")
     number = torch.export.Dim("number", min=1, max=2**20)

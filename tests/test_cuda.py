@@ -7,7 +7,7 @@ import torch
 
 from cmtool import networks, rng
 from cmtool.flow import ModelCard
-from cmtool.generate import automatic_batch, generate, inpaint
+from cmtool.generate import automatic_batch, generate, inpaint, sample
 from cmtool.networks import ADMConfig, DDPMppConfig, EDM2Config
 from cmtool.networks.layers import seeded
 from cmtool.training.forecast import forecast
@@ -126,7 +126,7 @@ def test_a_recorded_network_may_be_asked_twice_before_a_gradient():
     torch.testing.assert_close(together, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_recordings_see_new_weights_and_are_forgotten():
+def test_recordings_see_new_weights():
     model = models.model(config=CONFIGS[0]).cuda()
     x, noise = torch.randn(4, 3, 16, 16, device="cuda"), torch.zeros(4, device="cuda")
     with networks.recorded(model.network), torch.no_grad():
@@ -136,9 +136,40 @@ def test_recordings_see_new_weights_and_are_forgotten():
             parameter.mul_(1.1)
         after = model.network(x, noise)
     assert model.network._compiled_call_impl is None
-    assert all(torch.equal(one, before[7]) for one in before[8:])
+    assert all(torch.equal(one, before[7]) for one in before[8:])  # a recording, and told apart from other weights
     torch.testing.assert_close(after, model.network(x, noise).detach(), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(after, before[0], rtol=1e-2)
+
+
+def test_single_batches_are_recorded_too():
+    model = models.model("consistency", CONFIGS[1]).cuda()
+
+    def made():
+        return sample(model, seeds=range(3), batch=3)
+
+    def recordings():
+        return [one for one in kept[model.network][1]._recorded.values() if not isinstance(one, int)]
+
+    kept = networks.graphs._kept
+    first = made()
+    assert not recordings()
+    assert all(torch.allclose(made(), first, atol=2e-3) for _ in range(8))
+    (recording,) = recordings()
+    made()
+    assert recordings() == [recording]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    changed = made()
+    assert recordings() == [recording]
+    networks.forget(model.network)
+    assert model.network not in kept
+    torch.testing.assert_close(changed, made(), rtol=0, atol=2e-3)
+    assert not torch.allclose(changed, first, atol=2e-2)
+    for parameter in model.parameters():  # elsewhere in memory: what was recorded would read what is no more
+        parameter.data = parameter.data.clone()
+    assert made() is not None
+    assert not recordings()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

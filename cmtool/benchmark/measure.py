@@ -28,6 +28,7 @@ from cmtool.networks.configs import level_resolutions
 
 TOLERANCE = 1e-4  # largest difference of the two networks, relative to the largest output
 _CEILING_SECONDS = 0.5  # each of its rates is the best within this time
+_WARMING = 8  # rounds on an accelerator: until kernels are chosen and graphs recorded, as for whoever goes on
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,8 @@ class Here:
         before = self._allocated()
         self._job: Callable[[], Any] | None = make(name, setup)
         self._reset()
-        self.round()
+        for _ in range(_WARMING):
+            self.round()
         if self._device.type == "cuda":
             self._memory = torch.cuda.max_memory_allocated(self._device) - before
 
@@ -242,7 +244,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def measure(row: Row, setup: Setup, rounds: int, *, flops: int, peer_too: bool = True) -> Result:
-    """Measure a row: a round of each side to warm up, then `rounds` of each in turn.
+    """Measure a row: a round of each side to warm up (more on an accelerator), then `rounds` of each in turn.
 
     Args:
         flops: see `Result`; its ceiling is not known here.

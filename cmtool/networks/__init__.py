@@ -29,6 +29,7 @@ __all__ = [
     "blocks",
     "build",
     "compile_",
+    "forget",
     "forget_casts",
     "load_start",
     "recompute",
@@ -98,10 +99,17 @@ def record(network: nn.Module) -> None:
 
 
 def recorded(network: nn.Module) -> AbstractContextManager[None]:
-    """`record` for a while, unless the network is recorded or compiled already; then its graphs are forgotten."""
+    """`record` for a while, unless the network is recorded or compiled already; graphs are kept for the next time."""
     from cmtool.networks import graphs
 
     return graphs.recorded(network)
+
+
+def forget(network: nn.Module) -> None:
+    """Give back the memory of a network's recordings; it may be recorded anew."""
+    from cmtool.networks import graphs
+
+    graphs.forget(network)
 
 
 def restore_constants(network: nn.Module) -> None:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from cmtool.networks import native
-from cmtool.networks.layers import Chance, current_chance, entered
+from cmtool.networks.layers import Chance, current_chance, derived, entered
 
 _MOST = 16  # graphs of one network: each holds the memory of its activations
+_KEPT = 4  # of them from one sampling to the next
 _TRAINING = 1  # calls of a kind before it is recorded: steps repeat thousands of times
 _SAMPLING = 6  # to record takes as long as some four calls: not worth it for one, two or four steps
 
@@ -62,6 +62,12 @@ class Graphs:
                 torch.cuda.empty_cache()
                 return _direct(network, inputs)
         return _direct(network, inputs) if recording.busy else recording(inputs)
+
+    def shrink(self, count: int) -> None:
+        """Forget all but the latest recordings; how often other kinds were seen is remembered."""
+        kinds = [key for key, recording in self._recorded.items() if not isinstance(recording, int)]
+        for key in kinds[: max(0, len(kinds) - count)]:
+            del self._recorded[key]
 
 
 class _Recording:
@@ -186,8 +192,7 @@ def _quiet() -> Iterator[None]:
 def _kind(network: nn.Module, inputs: dict[Any, Tensor]) -> Any:
     """What two calls have in common that one graph can do; None for calls that cannot be recorded."""
     first = next(network.parameters(), None)
-    derived = forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
-    if first is None or not first.is_cuda or derived or torch.cuda.is_current_stream_capturing():
+    if first is None or not first.is_cuda or derived() or torch.cuda.is_current_stream_capturing():
         return None
     chance, grad = current_chance(), torch.is_grad_enabled()
     return (
@@ -204,14 +209,37 @@ def record(network: nn.Module, after: int = _TRAINING) -> None:
         network._compiled_call_impl = Graphs(network, after)
 
 
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], Graphs]] = weakref.WeakKeyDictionary()
+
+
 @contextmanager
 def recorded(network: nn.Module) -> Iterator[None]:
-    """`record` for a while, unless the network is recorded or compiled already; then its graphs are forgotten."""
+    """`record` for a while, unless the network is recorded or compiled already.
+
+    Graphs are kept for the next time, as long as the network lives and its weights stay where they are in memory (their
+    values may change), so that who samples single batches one after another does not wait for Python either.
+    """
     if network._compiled_call_impl is not None or not next(network.parameters()).is_cuda:
         yield
         return
     record(network, _SAMPLING)
+    where = tuple(tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers()))
+    before = _kept.pop(network, None)
+    if before is not None and before[0] == where and network._compiled_call_impl is not None:
+        network._compiled_call_impl = before[1]
     try:
         yield
     finally:
-        network._compiled_call_impl = None
+        graphs, network._compiled_call_impl = network._compiled_call_impl, None
+        if graphs is not None:
+            graphs.shrink(_KEPT)
+            _kept[network] = where, graphs
+
+
+def forget(network: nn.Module) -> None:
+    """Give back the memory of a network's recordings; it may be recorded anew."""
+    _kept.pop(network, None)
+    if isinstance(graphs := network._compiled_call_impl, Graphs):
+        graphs.shrink(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -16,10 +16,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from cmtool.networks import native
+
+
+def derived() -> bool:
+    """Whether forward-mode derivatives or torch.func's transformations are at work, which only autograd knows of."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain() -> bool:
+    """Whether values are all that is wanted. Autograd's own way around them takes Python as long as they do a GPU."""
+    return not torch.is_grad_enabled() and not derived()
 
 
 class _Cast(torch.autograd.Function):
@@ -76,7 +87,7 @@ def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0, *, keep: bool
         return parameter
     if not keep or torch.compiler.is_compiling() or torch.compiler.is_exporting() or _recording(parameter):
         return parameter.to(dtype) if gain == 1 else (parameter * gain).to(dtype)
-    made: Tensor = _Cast.apply(parameter, dtype, gain)
+    made: Tensor = _Cast.forward(parameter, dtype, gain) if _plain() else _Cast.apply(parameter, dtype, gain)
     return made
 
 
@@ -147,7 +158,8 @@ class GroupNorm(nn.GroupNorm):
         how = native.Shape(self.num_groups, self.eps, silu, *_threshold(dropout))
         direct = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if direct and (x.device.type == "cpu" or (x.is_cuda and native.kernels() is not None)):
-            return _Normalise.apply(x, added, weight, bias, keys, how)[0]
+            run = _Normalise.forward if _plain() else _Normalise.apply
+            return run(x, added, weight, bias, keys, how)[0]
         return _normalise(x, added, weight, bias, keys, how)
 
 

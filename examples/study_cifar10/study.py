@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,8 @@ class Study:
             start = ("--teacher", self.parent(row.teacher, seed)) if row.teacher else ()
             start += ("--init", self.parent(row.init, seed)) if row.init else ()
             settings = [word for one in row.settings for word in ("--set", one)]
-            network = () if row.teacher or row.init else ("--network", "small")
+            network = () if row.teacher or row.init else ("--network", *shlex.split(options.network))
+            length += ("--batch", options.batch) if options.batch and not options.short else ()
             command = "distill" if row.teacher else "train"
             ask = ("--data", self.images("data"), "--preset", row.preset, "--seed", seed, "--resume", folder)
             self.cmtool(command, *ask, *start, *length, *network, *settings)
@@ -319,6 +321,8 @@ def main() -> None:
     parser.add_argument("--out", default="study")
     parser.add_argument("--images", default="50k", help="that each method sees in training")
     parser.add_argument("--teacher-images", default="400k", help="that the teacher sees")
+    parser.add_argument("--network", default="small", help="and settings: 'small --set network.num_blocks=2'")
+    parser.add_argument("--batch", type=int, help="images a step, in place of the presets'")
     parser.add_argument("--count", type=int, default=2000, help="samples that are judged")
     parser.add_argument("--resolution", type=int, default=16, help="of the images; 16 is for 2 cores")
     parser.add_argument("--seeds", default="0,1")
