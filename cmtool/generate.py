@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -120,10 +121,12 @@ def generate(
     else:
         points = default_times(model, 1 if steps is None else steps, how)
 
+    drawn = _Ahead(model, seeds) if noise is None else noise
+
     def make(at: slice) -> Generated:
         part, known = list(seeds[at]), None if classes is None else classes[at]
         wanted = None if known is None else known.to(model.device)
-        stream = noise_of(part, model) if noise is None else noise(at)
+        stream = drawn(at)
         start = _start(model, points, stream)
         if solver is None:
             for state in run_sampler(model, start, points, noise=stream, labels=wanted, clip=clip, landing=how):
@@ -543,6 +546,29 @@ def _noise_at_the_end(model: FlowMap) -> bool:
 def noise_of(seeds: list[int], model: FlowMap, shape: tuple[int, ...] | None = None) -> Callable[[int], Tensor]:
     """The noise of each step, for images of a shape, the model's own by default: stream -> float32 [B, *shape]."""
     return lambda stream: rng.noise(seeds, shape or model.card.image_shape, stream).to(model.device)
+
+
+class _Ahead:
+    """`noise_of` slices of seeds; on a GPU what the next one starts from is drawn while this one is computed."""
+
+    def __init__(self, model: FlowMap, seeds: Sequence[int]) -> None:
+        self._model, self._seeds = model, seeds
+        self._next: tuple[slice, Future[Tensor]] | None = None
+        self._thread = None if model.device.type == "cpu" else ThreadPoolExecutor(1)
+
+    def __call__(self, at: slice) -> Callable[[int], Tensor]:
+        found, self._next = self._next, None
+        rest = noise_of(list(self._seeds[at]), self._model)
+        if self._thread is None:
+            return rest
+        following = slice(at.stop, min(2 * at.stop - at.start, len(self._seeds)))
+        if following.start < following.stop:
+            drawing = self._thread.submit(rng.noise, list(self._seeds[following]), self._model.card.image_shape)
+            self._next = following, drawing
+        if found is None or found[0] != at:  # the first, or smaller than it was to be
+            return rest
+        start = found[1].result().to(self._model.device)
+        return lambda stream: rest(stream) if stream else start
 
 
 def _start(model: FlowMap, points: Tensor, noise: Callable[[int], Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from cmtool.networks.layers import (
     attend,
     look_up,
     noise_features,
+    normed,
     prepare,
 )
 
@@ -144,14 +145,10 @@ class ResBlock(Recomputed):
         h = self.in_layers["0"](x, silu=True)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.in_layers["2"](h)
         emb = self.emb_layers["1"](emb)
+        film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0
-        if self.film:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.out_layers["0"](h, (scale, shift), silu=True, dropout=dropout)
-        else:
-            h = self.out_layers["0"](h, added=emb, silu=True, dropout=dropout)
+        h = normed(self.out_layers["0"], self.in_layers["2"], h, added, film=film, silu=True, dropout=dropout)
         h = self.out_layers["3"](h)
         return h + (x if self.skip_connection is None else self.skip_connection(x))
 

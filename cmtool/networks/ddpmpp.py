@@ -24,6 +24,7 @@ from cmtool.networks.layers import (
     attend,
     look_up,
     noise_features,
+    normed,
     prepare,
 )
 
@@ -178,7 +179,7 @@ class Block(Recomputed):
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         dropout = self.dropout if self.training else 0.0
-        h = self.norm1(self.conv0(h), added=self.affine(emb), silu=True, dropout=dropout)
+        h = normed(self.norm1, self.conv0, h, self.affine(emb), silu=True, dropout=dropout)
         h = self.conv1(h, gain=HALF)
         x = torch.add(h, x, alpha=HALF) if self.skip is None else h + self.skip(x, gain=HALF)
         if self.attention:
@@ -224,8 +225,8 @@ class DownConv(Conv2d):
         self.resample = Resample(taps, up=False, pad=False)
         self.padding = (1 + (len(taps) - 1) // 2,) * 2
 
-    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
-        return self.resample(super().forward(x, gain))
+    def forward(self, x: Tensor, gain: float = 1.0, *, biased: bool = True) -> Tensor:
+        return self.resample(super().forward(x, gain, biased=biased))
 
 
 def _init(layer: Layer, gain: float = 1.0) -> Layer:

@@ -26,6 +26,7 @@ from cmtool.networks.native import Shape, words
 Out = TypeVar("Out")
 
 _TILE = 4096  # entries of a tile
+_SUMMED = 16384  # where tiles are summed over their pixels: a sum of few is as slow as one of many
 _WARPS = 8
 
 
@@ -221,7 +222,7 @@ def forward(
     weight, bias = _rows(weight), _rows(bias)
     pre = None if pre is None else _rows(pre).contiguous()
     mean, rstd, a, c = _statistics(x, pre, weight, bias, shape)
-    tiles, pixels, channels, size = _tiles(x)
+    tiles, pixels, channels, size = _tiles(x, _TILE)
     _apply[(tiles, len(x))](
         x, _or(pre, x), a, c, _or(words(keys), x), y, pixels, channels, shape.threshold, shape.grown,
         **size, PRE=pre is not None, SILU=shape.silu, DROP=keys is not None, num_warps=_WARPS,
@@ -246,7 +247,7 @@ def backward(
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = _rows(weight), _rows(bias)
     pre = None if pre is None else _rows(pre).contiguous()
-    tiles, pixels, channels, size = _tiles(x)
+    tiles, pixels, channels, size = _tiles(x, _SUMMED)
     each = channels // shape.groups
     a = weight * rstd.repeat_interleave(each, 1)
     c = bias - mean.repeat_interleave(each, 1) * a
@@ -264,6 +265,7 @@ def backward(
         weight.stride(0), pixels, channels, tiles, each,
         T=_power(tiles), E=_power(each), PRE=pre is not None, num_warps=1,
     )  # fmt: skip
+    tiles, _, _, size = _tiles(x, _TILE)
     _return[(tiles, len(x))](
         dy, x, _or(pre, x), a, c, c1, c0, word, dx, pixels, channels, *chance, **size, **kinds, num_warps=_WARPS
     )
@@ -274,7 +276,7 @@ def _statistics(
     x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and 1 / deviation of the groups, and the numbers a and c of the channels."""
-    tiles, pixels, channels, size = _tiles(x)
+    tiles, pixels, channels, size = _tiles(x, _SUMMED)
     each = channels // shape.groups
     part = torch.empty(len(x), tiles, 2, channels, device=x.device)
     mean, rstd = torch.empty(2, len(x), shape.groups, device=x.device)
@@ -290,11 +292,11 @@ def _statistics(
     return mean, rstd, a, c
 
 
-def _tiles(x: Tensor) -> tuple[int, int, int, dict[str, int]]:
+def _tiles(x: Tensor, entries: int) -> tuple[int, int, int, dict[str, int]]:
     """How many tiles a sample has; its pixels and channels; a tile's size, as the kernels take it."""
     _, channels, height, width = x.shape
     padded, pixels = _power(channels), height * width
-    each = max(1, min(_power(pixels), _TILE // padded))
+    each = max(1, min(_power(pixels), entries // padded))
     return -(-pixels // each), pixels, channels, {"P": each, "C": padded}
 
 

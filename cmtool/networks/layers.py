@@ -114,11 +114,16 @@ class Conv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
 
-    def forward(self, x: Tensor, gain: float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, gain: float = 1.0, *, biased: bool = True) -> Tensor:
         """The convolution, times `gain` (applied to the weights: far fewer numbers than the output has)."""
-        assert self.bias is not None
-        weight, bias = (cast(tensor, x.dtype, gain, keep=self.keeps_casts) for tensor in (self.weight, self.bias))
+        weight = cast(self.weight, x.dtype, gain, keep=self.keeps_casts)
+        bias = self.bias_as(x, gain) if biased else None
         return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
+
+    def bias_as(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        """The bias, times `gain`, in the type of x; [out_channels]."""
+        assert self.bias is not None
+        return cast(self.bias, x.dtype, gain, keep=self.keeps_casts)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -161,6 +166,20 @@ class GroupNorm(nn.GroupNorm):
             run = _Normalise.forward if _plain() else _Normalise.apply
             return run(x, added, weight, bias, keys, how)[0]
         return _normalise(x, added, weight, bias, keys, how)
+
+
+def normed(norm: nn.Module, conv: nn.Module, x: Tensor, added: Tensor | None = None, **how: Any) -> Tensor:
+    """The norm of a convolution (plus `added`, [B, C]); `how` as for the norm.
+
+    On a GPU the norm adds the convolution's bias too: cuDNN takes a pass over memory for it, and one for its gradient.
+    """
+    biased = not x.is_cuda
+    if not biased:
+        assert isinstance(conv, Conv2d)
+        bias = conv.bias_as(x)
+        added = bias.expand(x.shape[0], -1) if added is None else added + bias
+    out: Tensor = norm(conv(x, biased=biased), added=added, **how)
+    return out
 
 
 def _normalise(

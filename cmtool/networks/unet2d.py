@@ -23,6 +23,7 @@ from cmtool.networks.layers import (
     attend,
     look_up,
     noise_features,
+    normed,
     prepare,
 )
 
@@ -311,14 +312,10 @@ class ResBlock(Recomputed):
         h = self.norm1(x, silu=True)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
-        h = self.conv1(h)
         emb = self.time_emb_proj(emb)
+        film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0
-        if self.film:
-            scale, shift = emb.chunk(2, dim=1)
-            h = self.norm2(h, (scale, shift), silu=True, dropout=dropout)
-        else:
-            h = self.norm2(h, added=emb, silu=True, dropout=dropout)
+        h = normed(self.norm2, self.conv1, h, added, film=film, silu=True, dropout=dropout)
         h = self.conv2(h)
         x = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return x if self.scale == 1 else x / self.scale

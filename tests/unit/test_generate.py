@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from cmtool.editing import AvgPool, Luma, Mask
 from cmtool.errors import DataError, UsageError
 from cmtool.flow import EDM, VE, VP, BoundaryEDM, Linear, ModelCard, Trig, Velocity
 from cmtool.generate import (
+    _Ahead,
     automatic_batch,
     colorize,
     edit,
@@ -584,6 +586,29 @@ def test_one_step_costs_one_call_an_image_and_nothing_else():
         assert calls.sizes == [11]
         sample(CONSISTENCY, 11, batch=4)
         assert calls.sizes == [11, 4, 4, 3]
+
+
+def test_noise_drawn_ahead_is_the_same_noise(monkeypatch):
+    """As on a GPU, where the next batch's is drawn meanwhile; also where batches turn out too large."""
+    drawn = []
+    original = rng.noise
+
+    def noise(seeds, shape, stream=0):
+        drawn.append((tuple(seeds), stream))
+        return original(seeds, shape, stream)
+
+    monkeypatch.setattr(rng, "noise", noise)
+    seeds = [5, 3, 8, 1, 9, 2, 7]
+    ahead = _Ahead(CONSISTENCY, seeds)
+    with ThreadPoolExecutor(1) as thread:
+        ahead._thread = thread
+        for at in (slice(0, 3), slice(3, 6), slice(3, 4), slice(4, 5), slice(5, 6), slice(6, 7)):
+            stream = ahead(at)
+            for number in (0, 1):
+                assert torch.equal(stream(number), original(seeds[at], CONSISTENCY.card.image_shape, number))
+    asked = [part for part, stream in drawn if stream == 0]
+    assert asked.count((1, 9, 2)) == 1  # once, before it was asked for, though it then was too many
+    assert asked.count((5, 3, 8)) == asked.count((9,)) == asked.count((2,)) == 1
 
 
 def test_batches_that_do_not_fit_are_halved():
