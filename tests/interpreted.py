@@ -43,7 +43,7 @@ def main() -> None:
 
     found = {}
     for name, case in CASES.items():
-        kernels._TILE, kernels._SUMMED = (1024, 2048) if name == "several tiles" else (4096, 16384)
+        kernels._TILE, kernels._MEASURED = (1024, 2048) if name == "several tiles" else (4096, 16384)
         given = inputs(3, **{"added": False, "dropout": 0.0, "silu": True, **case})
         x, *rest = given
         if name == "several tiles":

@@ -172,7 +172,7 @@ def test_single_batches_are_recorded_too():
     assert not recordings()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("recipe", [EDM_RECIPE, CD_RECIPE], ids=lambda one: one.preset)
 def test_a_compiled_step_is_the_step(recipe):
     made = trainer(recipe, compiled=True)

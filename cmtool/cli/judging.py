@@ -66,7 +66,7 @@ def open_features(
         else:
             if not Path(name).suffix:
                 raise UsageError(f"--features: there are no features {name!r}", nearest(name, NAMED))
-            module, digest = extractors.read_extractor(Path(name))
+            module, digest = extractors.read_extractor(Path(name), device)
             found[name] = features.Exported(module, digest, Path(name).stem, device)
     return found
 

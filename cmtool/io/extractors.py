@@ -70,13 +70,17 @@ def find_dinov2() -> tuple[Path, str]:
     return path, sha256_of(path)
 
 
-def read_extractor(path: Path) -> tuple[torch.nn.Module, str]:
+def read_extractor(path: Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, str]:
     """A feature extractor exported as TorchScript or by torch.export (.pt2), and the SHA-256 of its file.
 
+    Args:
+        path: the file.
+        device: where it is to compute. An exported program remembers where it was made, in its operations too.
     Raises:
         DataError: if it is neither.
     """
     import torch
+    from torch.export.passes import move_to_device_pass
 
     if not path.is_file():
         raise DataError(f"--features {path}: there is no such file", "name random, inception, dinov2 or a file")
@@ -84,9 +88,9 @@ def read_extractor(path: Path) -> tuple[torch.nn.Module, str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TorchScript is old, and what most such files are
             if path.suffix == ".pt2":
-                module: Any = torch.export.load(path).module()
+                module: Any = move_to_device_pass(torch.export.load(path), str(device)).module()
             else:
-                module = torch.jit.load(str(path), map_location="cpu").eval()
+                module = torch.jit.load(str(path), map_location="cpu").eval().to(device)
     except Exception as error:
         raise DataError(
             f"--features {path} is no exported network", "save one with torch.jit.save, or torch.export.save as .pt2"

@@ -74,6 +74,7 @@ class _Recording:
     """One kind of call: the graphs, and the memory that they read from and write to."""
 
     def __init__(self, network: nn.Module, inputs: dict[Any, Tensor]) -> None:
+        _hush()
         chance = current_chance()
         self._inputs = {name: value.detach().clone() for name, value in inputs.items()}
         self._chance = None if chance is None else Chance(chance.seeds.clone(), chance.made)
@@ -99,7 +100,7 @@ class _Recording:
         # Once beside the stream of the caller, as torch asks for: libraries set themselves up at the first call.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), _quiet():
+        with torch.cuda.stream(side):
             out = run()
             if self._wanted:
                 differentiate(out, torch.ones_like(out))
@@ -112,7 +113,7 @@ class _Recording:
         if self._wanted:
             self._upstream = torch.empty_like(out)
             again: Any = {"pool": self._forward.pool(), "capture_error_mode": "thread_local"}
-            with _quiet(), torch.cuda.graph(self._backward, **again):
+            with torch.cuda.graph(self._backward, **again):
                 self._gradients = differentiate(out, self._upstream)
         self._out = out.detach()
         self._decisions = 0 if self._chance is None else self._chance.made - made
@@ -178,15 +179,10 @@ def _direct(network: nn.Module, inputs: dict[Any, Tensor]) -> Tensor:
     return out
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch warns of gradients on another stream than those of the last step; these are taken, not accumulated."""
+def _hush() -> None:
+    """torch warns of gradients that come on another stream than it expects: those of graphs do, and it waits."""
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda wanted: None)
     warn(False)
-    try:
-        yield
-    finally:
-        warn(True)
 
 
 def _kind(network: nn.Module, inputs: dict[Any, Tensor]) -> Any:

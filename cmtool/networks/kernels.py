@@ -26,8 +26,8 @@ from cmtool.networks.native import Shape, words
 Out = TypeVar("Out")
 
 _TILE = 4096  # entries of a tile
-_SUMMED = 16384  # where tiles are summed over their pixels: a sum of few is as slow as one of many
-_WARPS = 8
+_MEASURED = 16384  # where nothing else is asked of a tile but sums: of few entries they are as slow as of many
+_WARPS = 4
 
 
 @triton.jit
@@ -247,7 +247,7 @@ def backward(
     dy = dy.to(x.dtype).contiguous(memory_format=torch.channels_last)
     weight, bias = _rows(weight), _rows(bias)
     pre = None if pre is None else _rows(pre).contiguous()
-    tiles, pixels, channels, size = _tiles(x, _SUMMED)
+    tiles, pixels, channels, size = _tiles(x, _TILE)
     each = channels // shape.groups
     a = weight * rstd.repeat_interleave(each, 1)
     c = bias - mean.repeat_interleave(each, 1) * a
@@ -265,7 +265,6 @@ def backward(
         weight.stride(0), pixels, channels, tiles, each,
         T=_power(tiles), E=_power(each), PRE=pre is not None, num_warps=1,
     )  # fmt: skip
-    tiles, _, _, size = _tiles(x, _TILE)
     _return[(tiles, len(x))](
         dy, x, _or(pre, x), a, c, c1, c0, word, dx, pixels, channels, *chance, **size, **kinds, num_warps=_WARPS
     )
@@ -276,7 +275,7 @@ def _statistics(
     x: Tensor, pre: Tensor | None, weight: Tensor, bias: Tensor, shape: Shape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and 1 / deviation of the groups, and the numbers a and c of the channels."""
-    tiles, pixels, channels, size = _tiles(x, _SUMMED)
+    tiles, pixels, channels, size = _tiles(x, _MEASURED)
     each = channels // shape.groups
     part = torch.empty(len(x), tiles, 2, channels, device=x.device)
     mean, rstd = torch.empty(2, len(x), shape.groups, device=x.device)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cmtool.cli.app import main
 from cmtool.compat import repair_torchvision
+from cmtool.io import extractors
 from tests import team
 
 SMALL = ["--precision", "fp32", "--batch", 4, "--set", "network.channels=8", "--sample-every", 0, "--iterations", 2]
@@ -253,6 +254,16 @@ def test_an_exported_network(cli, made, tmp_path, form):
 
     expected = frechet(*(statistics(torch.from_numpy(colours(name))) for name in ("some", "other")))
     assert found["results"][0]["metrics"]["fd_means@14"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_exported_program_computes_where_it_is_told(tmp_path):
+    """It remembers the device of its export in its operations; "meta" stands for a GPU."""
+    file, example = tmp_path / "means.pt2", torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    torch.export.save(torch.export.export(Means(), (example,)), file)
+    for device in ("cpu", "meta"):
+        module, _ = extractors.read_extractor(file, device)
+        assert {str(node.kwargs["device"]) for node in module.graph.nodes if "device" in node.kwargs} == {device}
+        assert module(example.to(device)).device.type == device
 
 
 def test_networks_that_are_none(cli, made, tmp_path):
