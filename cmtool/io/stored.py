@@ -12,10 +12,7 @@ import multiprocessing
 import os
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as LateError
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from cmtool.errors import DataError
+from cmtool.io.ahead import ahead
 from cmtool.io.fitting import Plan
 from cmtool.io.images import UnreadableImageError
 from cmtool.io.sources import Source
@@ -120,27 +118,10 @@ class StoredDataset:
         Raises:
             DataError: if an image cannot be read, or a batch does not come within `PATIENCE` seconds.
         """
-        return self._by_processes(batches) if self.workers else self._by_thread(batches)
-
-    def _by_thread(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        waiting: deque[Future[Any]] = deque()
-        # A thread that hangs in a read cannot be ended; as a daemon it would not keep the program from ending.
-        pool = ThreadPoolExecutor(1, "reader")
-        try:
-            for indices in batches:
-                waiting.append(pool.submit(self.reader.__getitem__, indices))
-                if len(waiting) > _AHEAD:
-                    yield self._in_time(waiting.popleft())
-            while waiting:
-                yield self._in_time(waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _in_time(self, made: Future[Any]) -> tuple[Tensor, Tensor | None]:
-        try:
-            return _good(made.result(PATIENCE))
-        except LateError:
-            raise self._stuck() from None
+        if self.workers:
+            return self._by_processes(batches)
+        made = (self.batch(indices) for indices in batches)
+        return ahead(made, _AHEAD, patience=PATIENCE, silent=self._stuck)
 
     def _by_processes(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor | None]]:
         loader: Any = DataLoader(

@@ -11,8 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as LateError
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from cmtool import rng
 from cmtool.errors import DataError
+from cmtool.io.ahead import ahead
 from cmtool.io.fitting import Plan, check_options
 from cmtool.io.images import UnreadableImageError
 from cmtool.io.tables import Row, Stream
@@ -242,35 +242,14 @@ class StreamedDataset:
         return Block(mark, [rows[k] for k in order])
 
     def _ahead(self, items: Iterator[T], count: int) -> Iterator[T]:
-        """The items, `count` of them made in a thread before they are asked for."""
-        # A thread that hangs in a read cannot be ended; it must not keep the program from ending.
-        pool = ThreadPoolExecutor(1, "stream")
-        self._alive = time.monotonic()
-        waiting: deque[Future[T | None]] = deque(pool.submit(next, items, None) for _ in range(count))
-        try:
-            while True:
-                item = self._in_time(waiting.popleft())
-                if item is None:
-                    return
-                waiting.append(pool.submit(next, items, None))
-                yield item
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        """The items, `count` of them made before they are asked for, however long that takes while rows come."""
+        return ahead(items, count, patience=PATIENCE, silent=self._stuck, alive=lambda: self._alive)
 
-    def _in_time(self, made: Future[T]) -> T:
-        """The result, however long that takes, as long as there are new rows or images."""
-        since = time.monotonic()
-        while True:
-            try:
-                return made.result(1.0)
-            except LateError:
-                if made.done():  # what was made raised it
-                    raise
-                if time.monotonic() - max(since, self._alive) > PATIENCE:
-                    raise DataError(
-                        f"no row has come from {self.report.source!r} for {PATIENCE:.0f} seconds",
-                        "look at the connection; then continue with --resume",
-                    ) from None
+    def _stuck(self) -> DataError:
+        return DataError(
+            f"no row has come from {self.report.source!r} for {PATIENCE:.0f} seconds",
+            "look at the connection; then continue with --resume",
+        )
 
 
 def open_stream(
