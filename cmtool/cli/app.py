@@ -168,7 +168,7 @@ def _check_shared(argv: list[str]) -> None:
         )
 
 
-_SHARED = ("train", "distill", "sample", "evaluate", "stats", "search")
+_SHARED = ("train", "distill", "pairs", "sample", "evaluate", "stats", "search")
 
 
 def _is_told(error: Exception, message: str) -> bool:

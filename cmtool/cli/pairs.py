@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cmtool.generate import Generated
+    from cmtool.processes import Processes
     from cmtool.sampler import Landing
 
 SOLVERS = tuple(name for name in options.SOLVERS if name != "ancestral")
 SEEDS = "0-9999"
+_TOLD = 2**24  # numbers that a process sends to the first at a time: 32 MiB
 
 
 def pairs(
@@ -77,9 +82,11 @@ def pairs(
             "take --solver heun, or another for the ODE",
         )
 
+    from cmtool import processes
     from cmtool.generate import generate
     from cmtool.io.pairs import About, write_pairs
 
+    team = processes.join()
     imported = images.read_model(model, assume="denoiser")
     flow = images.ready(imported, device=device, precision=precision)
     card = flow.card
@@ -93,9 +100,9 @@ def pairs(
         )
     # A two-time model jumps on from where it landed.
     landing: Landing | None = "next" if solver is None and steps > 1 else None
-    made = generate(
+    make = partial(
+        generate,
         flow,
-        wanted,
         steps=steps,
         labels=images.labels(flow, labels),
         solver=solver,
@@ -103,8 +110,12 @@ def pairs(
         guidance=guidance,
         batch=batch,
     )
+    made = _together(team, wanted, make, math.prod(card.image_shape))
     classes = card.class_names or tuple(str(label) for label in range(card.num_classes))
     about = About(model, solver or "jump", steps, guidance, classes, card.licence)
+    if not team.first:
+        deque(made, maxlen=0)
+        return
     with _terminable(), console.progress("pairs", len(wanted)) as update:
         write_pairs(out, len(wanted), _shown(made, update), about)
     console.note(f"{len(wanted):,} pairs {about.summary()}")
@@ -123,6 +134,25 @@ def _check_out(out: str) -> None:
         raise UsageError(f"--out {out}: pairs are an .npz", "end the name in .npz")
     if os.path.isdir(out):
         raise UsageError(f"--out {out} is a folder", "name a file, such as pairs.npz")
+
+
+def _together(
+    team: Processes, seeds: Sequence[int], make: Callable[[Sequence[int]], Iterable[Generated]], values: int
+) -> Iterator[Generated]:
+    """What `make` makes of the seeds, in their order: all of it on the first process, which each sends its part.
+
+    Args:
+        values: numbers in an image.
+    """
+    if not team.many:
+        yield from make(seeds)
+        return
+    size = max(1, _TOLD // values) * team.count
+    for first in range(0, len(seeds), size):
+        some = seeds[first : first + size]
+        mine = [part._replace(images=part.images.half()) for part in make(some[team.share(len(some))])]
+        for parts in team.gathered(mine):
+            yield from parts
 
 
 def _shown(made: Iterable[Generated], update: console.Update) -> Iterator[tuple[Sequence[int], Tensor | None, Tensor]]:

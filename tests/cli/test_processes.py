@@ -11,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cmtool.io.pairs import read_pairs
 from cmtool.io.shards import encode
 from tests import team
 from tests.models import Pictures
@@ -127,8 +129,20 @@ def test_samples_are_those_of_one_process(alone, tmp_path):
         assert close(tmp_path / name, tmp_path / name.replace("one", "two"))
 
 
+def test_pairs_are_those_of_one_process(alone, tmp_path):
+    """Here in rounds of three images a process: 3, 3, then 1 and 0."""
+    args = ["pairs", "--model", alone, "--seeds", "3-9", "--labels", "2,0"]
+    program = "import sys; from cmtool.cli import app, pairs; pairs._TOLD = 3 * 3 * 16 * 16; sys.exit(app.main())"
+    good([team.alone(*args, "--out", tmp_path / "one.npz")])
+    good(team.finish(team.start(2, ["-c", program, *map(str, args), "--out", str(tmp_path / "two.npz")])))
+    one, two = (read_pairs(str(tmp_path / f"{name}.npz")) for name in ("one", "two"))
+    assert two.seeds.tolist() == one.seeds.tolist() == list(range(3, 10))
+    assert two.labels.tolist() == one.labels.tolist()
+    assert two.about == one.about
+    np.testing.assert_allclose(two.images.astype(float), one.images.astype(float), atol=2e-3)
+
+
 def close(one: Path, other: Path) -> bool:
-    import numpy as np
     from PIL import Image
 
     first, second = (np.asarray(Image.open(file)).astype(int) for file in (one, other))
