@@ -33,7 +33,7 @@ class Request:
         typer.Option(
             "--preset",
             metavar="NAME",
-            help="The recipe; see `cmtool presets ls`. [default: cd from a teacher, ect with --init, else ict]",
+            help="The recipe; see `cmtool presets ls`. [default: flow-cd from a teacher, ect with --init, else ict]",
             autocompletion=options.preset_names,
         ),
     ] = None

@@ -16,6 +16,7 @@ import torch
 
 from cmtool import spec
 from cmtool.cli import presets, training
+from cmtool.flow import EDM, VE, VP, Epsilon, Linear, Velocity, VPrediction
 from cmtool.io import checkpoint, streamed
 from cmtool.io.run import RunFolder
 from cmtool.io.shards import encode
@@ -111,6 +112,24 @@ def test_the_preset_where_none_is_named(train, cli, pictures, tmp_path):
         assert ("no --preset is named" in result.stderr) == ("--config" not in argv)
     (tmp_path / "config.json").write_text('{"recipe": {"batch": 4}}')
     cli("train", "--config", tmp_path / "config.json", *ask).error(2, "does not tell its preset")
+
+
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [(VE(), EDM()), (VP(), Epsilon()), (Linear(), Velocity()), (VP(zero_snr=True), VPrediction())],
+    ids=["edm", "ddpm", "flow", "v"],
+)
+def test_any_teacher_is_distilled_without_a_word_into_what_samples_and_edits(cli, pictures, tmp_path, path, form):
+    checkpoint.save(model("denoiser", micro(num_classes=3), path, form), tmp_path / "teacher.safetensors")
+    ask = ("--data", pictures, "--iterations", 2, "--batch", 4, "--out", tmp_path / "run")
+    assert cli("distill", "--teacher", tmp_path / "teacher.safetensors", *ask).code == 0
+    for steps in (1, 2):
+        made = cli("sample", "--model", tmp_path / "run", "--steps", steps, "--out", tmp_path / "made.png")
+        assert made.code == 0, made.stderr
+    for edit in (("colorize",), ("superres", "--factor", 2)):
+        given = ("--image", tmp_path / "made.png", "--out", tmp_path / "edited.png")
+        result = cli(*edit, "--model", tmp_path / "run", *given)
+        assert result.code == 0, result.stderr
 
 
 def test_the_default_presets_are_told(cli):

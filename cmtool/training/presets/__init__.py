@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULTS", "PRESETS", "Shape", "preset", "summary"]
 
 # What is used where no preset is named, by what there is to start from.
-DEFAULTS = {"teacher": "cd", "init": "ect", "nothing": "ict"}
+DEFAULTS = {"teacher": "flow-cd", "init": "ect", "nothing": "ict"}
 
 PRESETS: dict[str, Callable[[Shape], Recipe]] = {
     "edm": diffusion.edm,
