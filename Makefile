@@ -40,6 +40,10 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 	$(BIN)/python examples/inconsistencies.py --on mixture --short --out inconsistencies-short
 	$(BIN)/python examples/composition.py --teacher demo-short/teacher --first demo-short/student --iterations 20 \
 		--out family-short/composition.safetensors
+	$(BIN)/python examples/cifar_judge.py --data digits --resolution 16 --epochs 1 --limit 256 --out family-short/judge.pt2
+	$(BIN)/python examples/strokes.py --model digits-small --data digits:test --features family-short/judge.pt2 -n 8 \
+		--out family-short/strokes
+	$(BIN)/python examples/edits.py --model digits-small --data digits:test -n 2 --out family-short/edits
 
 cookbook: $(VENV)/.demo  ## every script of the cookbook on digits, what it prints and makes in cookbook/kept
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/all.sh cookbook
