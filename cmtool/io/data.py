@@ -77,9 +77,9 @@ class Report:
     def summary(self) -> str:
         """One line for people."""
         colours = "RGB" if self.channels == 3 else "grey"
-        things = "pairs" if self.pairs else "images"
+        things = ("pair" if self.pairs else "image") + ("" if self.used == 1 else "s")
         parts = [f"{self.used:,} {things}, {self.resolution}x{self.resolution} {colours}"]
-        parts += [f"{len(self.classes)} classes"] if self.classes else []
+        parts += [f"{len(self.classes)} class" + ("es" if len(self.classes) > 1 else "")] if self.classes else []
         parts += [self.pairs.summary()] if self.pairs else []
         if self.converted:
             modes = ", ".join(f"{count:,} {mode}" for mode, count in self.converted.items())

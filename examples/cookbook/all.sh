@@ -21,7 +21,8 @@ cmtool data preview "$digits" -n "$count" --out "$out/pictures" > "$out/pictures
 keep() {
   local name=$1
   shift
-  { echo "\$ $(basename "$1") ${*:2}"; "$@"; } > "$out/kept/$name.txt" 2>&1 || { cat "$out/kept/$name.txt"; exit 1; }
+  { echo "\$ $(basename "$1") ${*:2}"; "$@"; } 2>&1 | sed "s#$PWD/##g" > "$out/kept/$name.txt" ||
+    { cat "$out/kept/$name.txt"; exit 1; }
   echo "$out/kept/$name.txt"
 }
 
