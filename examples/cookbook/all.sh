@@ -36,19 +36,15 @@ serve.py() {
   kill "$server"
 }
 
-onnx() {
-  cmtool convert digits-small "$out/digits.onnx"
-  python "$here/../onnx_sample.py" "$out/digits.onnx" --times 80,0.8 --out "$out/kept/onnx.png"
-}
-
 keep own_folder "$here/own_folder.sh" "$out/pictures" "$out/own"
 keep two_steps "$here/two_steps.sh" "$out/own/teacher" "$out/pictures" "$out/two"
 keep compare "$here/compare.sh" "$out/own/teacher" "$out/pictures" "$out/both" cd flow-cd
 keep processes "$here/processes.sh" "$out/pictures" "$out/many" 2
 keep pipeline "$here/../pipeline.sh" digits-small "$out/pipeline"
 keep serve serve.py --model digits-small --port 0
-keep onnx onnx
+keep onnx "$here/onnx.sh" digits-small "$out/onnx"
 cp "$out/own/one-step.png" "$out/kept/own_folder.png"
 cp "$out/two/two-steps.png" "$out/kept/two_steps.png"
 cp "$out/many/made.png" "$out/kept/processes.png"
 cp "$out/pipeline/recoloured.png" "$out/kept/pipeline.png"
+cp "$out/onnx/made.png" "$out/kept/onnx.png"
