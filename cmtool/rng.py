@@ -6,15 +6,20 @@ that seed alone. So image k is the same image for any batch size, order or numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from cmtool import compiled
 
 MAX_SEED = 2**63 - 1
 _LABEL_STREAM = 2**32  # far from the streams of noise, which are step numbers
@@ -38,7 +43,10 @@ def noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor
     workers = max(1, min(torch.get_num_threads(), out.size // _EACH))
     if workers == 1:
         _fill(out, seeds, stream)
-    else:  # a GPU would wait for one core; numpy draws without the interpreter's lock
+    elif (normals := _normals()) is not None:  # a GPU would wait for one core
+        keys = np.array(seeds, dtype=np.uint64)
+        normals(keys.ctypes.data, stream, len(keys), out.size // len(keys), out.ctypes.data, workers)
+    else:  # numpy draws without the interpreter's lock, but asks for it between rows
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda first: _fill(out[first::workers], seeds[first::workers], stream), range(workers)))
     return torch.from_numpy(out)
@@ -53,6 +61,22 @@ def _fill(rows: NDArray[np.float32], seeds: Sequence[int], stream: int) -> None:
         state["state"] = {"counter": np.zeros(4, np.uint64), "key": np.array([seed, stream], np.uint64)}
         bits.state = state
         draw(dtype=np.float32, out=row)
+
+
+@functools.cache
+def _normals() -> Callable[..., None] | None:
+    """`normals` of rng.cpp, with numpy's own ziggurat; None where there is no compiler, or numpy hides it."""
+    lib = compiled.library(Path(__file__).with_suffix(".cpp"))
+    # The way that numpy's documentation shows to call its distributions from elsewhere.
+    fill = getattr(ctypes.CDLL(np.random._generator.__file__), "random_standard_normal_fill_f", None)
+    if lib is None or fill is None:
+        return None
+    lib.normals.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_long, ctypes.c_long, ctypes.c_void_p),
+        ctypes.c_int,
+    ]
+    lib.normals.restype = None
+    return functools.partial(lib.normals, ctypes.cast(fill, ctypes.c_void_p))
 
 
 def labels(seeds: Sequence[int], num_classes: int) -> Tensor:

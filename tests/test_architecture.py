@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "compat": set(),
     "editing": set(),
     "errors": set(),
-    "networks": {"cache"},
-    "rng": set(),
+    "compiled": {"cache"},
+    "networks": {"compiled"},
+    "rng": {"compiled"},
     "precision": {"errors", "processes"},
     "processes": {"errors"},
     "spec": {"errors"},
@@ -126,11 +127,11 @@ FILE_CALLS = {
 # The null device in place of a closed pipe is no file of the user's, and neither is machine code in the cache folder.
 FILE_CALLS_ALLOWED = {
     ("cli/app.py", "os.open"),
-    ("networks/native.py", "_SOURCE.read_bytes"),
+    ("compiled.py", "source.read_bytes"),
     ("studio/server.py", "files('cmtool.studio').joinpath('page.html').read_bytes"),
-    ("networks/native.py", "made.parent.mkdir"),
-    ("networks/native.py", "tempfile.TemporaryDirectory"),
-    ("networks/native.py", "Path('/proc/cpuinfo').read_text"),
+    ("compiled.py", "file.parent.mkdir"),
+    ("compiled.py", "tempfile.TemporaryDirectory"),
+    ("compiled.py", "Path('/proc/cpuinfo').read_text"),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmtool.networks import native
+from cmtool import compiled
 from cmtool.networks.layers import Chance, current_chance, derived, entered
 
 _MOST = 16  # graphs of one network: each holds the memory of its activations
@@ -201,7 +201,7 @@ def _kind(network: nn.Module, inputs: dict[Any, Tensor]) -> Any:
 
 def record(network: nn.Module, after: int = _TRAINING) -> None:
     """Let the calls of a network on a GPU be recorded from now on; in place, for as long as it lives."""
-    if native.enabled("CMTOOL_GRAPHS"):
+    if compiled.enabled("CMTOOL_GRAPHS"):
         network._compiled_call_impl = Graphs(network, after)
 
 

@@ -1,33 +1,24 @@
-"""`native.cpp`, compiled once by the machine's own compiler: the chain norm, SiLU and dropout in one pass on a CPU.
+"""`native.cpp`: the chain norm, SiLU and dropout in one pass on a CPU.
 
-The library is kept in cmtool's cache under a name that changes with the source, the compiler's flags and the processor;
-compiling it takes about two seconds. Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0,
-everything is computed by torch's own operations, which is slower and gives the same numbers to rounding.
+Compiling it (`cmtool.compiled`) takes about two seconds, once. Where it cannot be had everything is computed by torch's
+own operations, which is slower and gives the same numbers to rounding.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import subprocess
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from cmtool import cache
+from cmtool import compiled
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _GRID = 65535  # samples that a kernel of a GPU is started for, at most
-_SECONDS = 120  # a compiler that has not come back by then does not
 
 
 class Shape(NamedTuple):
@@ -78,7 +69,7 @@ def kernels() -> Backend | None:
 
     It compiles what it starts, which takes a C compiler and a GPU that is not too old: so it is tried once.
     """
-    if not enabled("CMTOOL_NATIVE"):
+    if not compiled.enabled("CMTOOL_NATIVE"):
         return None
     try:
         from cmtool.networks import kernels as found
@@ -165,56 +156,18 @@ def _call(name: str, x: Tensor, tensors: tuple[Tensor | None, ...], shape: Shape
     getattr(lib, name)(x.dtype == torch.bfloat16, *pointers, *sizes, *rest)
 
 
-def enabled(name: str) -> bool:
-    """Whether the environment variable, on where it is not set, leaves something on."""
-    return os.environ.get(name, "1").strip().lower() not in ("0", "false", "no", "off")
-
-
 # --- the library -----------------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None where there is none to be had."""
-    if not enabled("CMTOOL_NATIVE"):
-        return None
-    with suppress(OSError, RuntimeError, subprocess.SubprocessError):
-        return _declared(ctypes.CDLL(str(_compiled())))
-    return None
-
-
-def _compiled() -> Path:
-    """The library's file, made if it is not there yet."""
-    compiler = os.environ.get("CXX") or "c++"
-    source = _SOURCE.read_bytes()
-    told = "\0".join((compiler, *_FLAGS, platform.machine(), _processor()))
-    made = cache.folder("native") / f"native-{hashlib.sha256(source + told.encode()).hexdigest()[:16]}.so"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever comes first puts the whole file in its place; two at once make the same one.
-        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-            new = Path(scratch) / made.name
-            command = [*compiler.split(), *_FLAGS, "-o", str(new), str(_SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
-            new.replace(made)
-    return made
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: folders are shared by machines that are not alike."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                return line
-    return platform.processor()
-
-
-def _declared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions."""
-    address, number = ctypes.c_void_p, ctypes.c_long
-    rest = [*[number] * 4, ctypes.c_float, ctypes.c_int, ctypes.c_uint32, ctypes.c_float, ctypes.c_int]
-    for name, count in (("norm_forward", 8), ("norm_backward", 12)):
-        function = getattr(lib, name)
-        function.argtypes = [ctypes.c_int, *[address] * count, *rest]
-        function.restype = None
+    """The compiled library with the types of its functions; None where there is none to be had."""
+    lib = compiled.library(_SOURCE)
+    if lib is not None:
+        address, number = ctypes.c_void_p, ctypes.c_long
+        rest = [*[number] * 4, ctypes.c_float, ctypes.c_int, ctypes.c_uint32, ctypes.c_float, ctypes.c_int]
+        for name, count in (("norm_forward", 8), ("norm_backward", 12)):
+            function = getattr(lib, name)
+            function.argtypes = [ctypes.c_int, *[address] * count, *rest]
+            function.restype = None
     return lib

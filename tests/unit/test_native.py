@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cmtool import compiled
 from cmtool.networks import native
 from cmtool.networks.layers import GroupNorm, _keys, _mask, _Normalise, _normalise, _threshold, seeded
 
@@ -150,7 +151,7 @@ def test_without_a_compiler_torch_computes(ask, tmp_path, compiler):
 def test_a_broken_library_is_not_loaded(ask, tmp_path, monkeypatch):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"\x7fELF" + bytes(96))
-    monkeypatch.setattr(native, "_compiled", lambda: broken)
+    monkeypatch.setattr(compiled, "made", lambda source: broken)
     assert not ask()
 
 
