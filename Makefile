@@ -44,6 +44,7 @@ examples-short: $(VENV)/.demo demo-short/student/model.safetensors  ## the other
 	$(BIN)/python examples/strokes.py --model digits-small --data digits:test --features family-short/judge.pt2 -n 8 \
 		--out family-short/strokes
 	$(BIN)/python examples/edits.py --model digits-small --data digits:test -n 2 --out family-short/edits
+	$(BIN)/python examples/box.py --data digits:train --short --out family-short/box
 
 cookbook: $(VENV)/.demo  ## every script of the cookbook on digits, what it prints and makes in cookbook/kept
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/cookbook/all.sh cookbook

@@ -691,8 +691,10 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request, book: Logbook) 
             update(report.step, text)
             if ending:
                 break
-    if request.compile_ and not trainer.compiled:
-        console.note("torch.compile failed on these networks: they ran as they are")
+    if trainer.compiler_error is not None:
+        console.note(
+            f"torch.compile failed on these networks, and they ran as they are: {trainer.compiler_error[:300]}"
+        )
     dropped = sum(getattr(trainer.data, "dropped", {}).values())
     if dropped:
         console.note(f"{dropped:,} rows could not be read (first: {trainer.data.first_bad}); others took their places")

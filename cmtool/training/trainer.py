@@ -204,6 +204,7 @@ class Trainer:
                 distributed.shard(one.network, self.device)
         self.optimizer = self._new_optimizer()
         self._compiled = list(calls.values()) if compiled else []
+        self.compiler_error: str | None = None
         for module in self._compiled:
             networks.compile_(module)
         if self.device.type == "cuda" and not compiled and not checkpoint_activations and not sharded:
@@ -277,7 +278,7 @@ class Trainer:
             # Seeds belong to the step, so what is done again comes out the same.
             if not self._compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            self._uncompile()
+            self._uncompile(error)
             self.optimizer.zero_grad(set_to_none=True)
             return self._backward(progress)
 
@@ -349,10 +350,11 @@ class Trainer:
 
     @property
     def compiled(self) -> bool:
-        """Whether the networks are compiled; no longer so after a compiler has failed."""
+        """Whether the networks are compiled; no longer so after a compiler has failed, see `compiler_error`."""
         return bool(self._compiled)
 
-    def _uncompile(self) -> None:
+    def _uncompile(self, error: Exception) -> None:
+        self.compiler_error = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         for module in self._compiled:
             module._compiled_call_impl = None
         self._compiled = []

@@ -389,6 +389,7 @@ def test_where_the_compiler_fails_the_networks_run_as_they_are(monkeypatch, when
     plain, made = trainer(CD_RECIPE), trainer(CD_RECIPE, compiled=True)
     run(plain), run(made)
     assert not made.compiled
+    assert "no compiler" in made.compiler_error
     assert len(calls) == when + 1
     assert_same(plain, made)
 
