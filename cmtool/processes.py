@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cmtool import pulse
 from cmtool.errors import ProcessError, UsageError
 
 if TYPE_CHECKING:
@@ -97,8 +98,13 @@ class _Team(Processes):
         import torch.distributed as dist
 
         self.rank, self.count, self.local_rank, self._store = rank, count, local_rank, store
+        self._pulse = None
+        if _when_silent is not None:
+            self._pulse = pulse.Pulse(pulse.board(), rank, count, pulse.patience(), _when_silent)
         # A group of its own: what is said here must not mix with the gradients, which others send in the background.
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        if self._pulse is not None:
+            self._pulse.start()
 
     def sum(self, values: Tensor) -> Tensor:
         return self._reduced(values, "SUM")
@@ -132,6 +138,12 @@ class _Team(Processes):
         import torch.distributed as dist
 
         dist.barrier(group=self.control)
+
+    def part(self) -> None:
+        """Wait for all a last time; nobody watches anybody afterwards."""
+        self.wait()
+        if self._pulse is not None:
+            self._pulse.stop()
 
     def agreement(self) -> Agreement:
         return _Together(self)
@@ -168,6 +180,17 @@ class _Together(Agreement):
 
 ALONE = Processes()
 _current = ALONE
+_when_silent: Callable[[ProcessError], None] | None = None
+
+
+def when_silent(report: Callable[[ProcessError], None]) -> None:
+    """What to do when another process is gone without a word, see `cmtool.pulse`; `join` starts the watch.
+
+    Args:
+        report: called in a thread while the main thread waits, perhaps for ever: it has to end the process.
+    """
+    global _when_silent
+    _when_silent = report
 
 
 def current() -> Processes:
@@ -214,26 +237,26 @@ def join() -> Processes:
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
+        _current = _Team(rank, count, local_rank, store)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"process {rank} of {count} has not met the others: {_first_line(error)}",
             "start all of them with torchrun, with the same --rdzv-endpoint",
         ) from error
-    _current = _Team(rank, count, local_rank, store)
     return _current
 
 
 def leave() -> None:
     """Part from the others at the end of a command; without this a process may be aborted at its exit."""
     global _current
-    if not _current.many:
+    if not isinstance(_current, _Team):
         return
     import gc
 
     import torch.distributed as dist
 
     try:
-        _current.wait()
+        _current.part()
         gc.collect()
         dist.destroy_process_group()
     finally:

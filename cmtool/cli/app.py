@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             console.set_quiet(True)
         if count > 1:
             _check_shared(argv)
+            processes.when_silent(lambda error: _end(error, argv))
         with redirect_stdout(io.StringIO()) if rank else nullcontext():
             code = _call(argv)
             processes.leave()
@@ -181,6 +182,25 @@ def _is_told(error: Exception, message: str) -> bool:
     return team.is_new(message)
 
 
+def _end(error: errors.ProcessError, argv: list[str]) -> None:
+    """Leave at once, since another process is gone: the main thread may wait for it for ever.
+
+    One on each machine says it: its first process, or the second where the first of all is what is gone.
+    """
+    team = processes.current()
+    try:
+        if team.local_rank == 0 or (team.rank, team.local_rank) == (1, 1):
+            console.error(error.message, f"{error.hint}{_goes_on(argv)}")
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    finally:
+        os._exit(error.exit_code)
+
+
+def _goes_on(argv: list[str]) -> str:
+    return "; --resume continues from the last checkpoint" if {"train", "distill"} & set(argv) else ""
+
+
 def _take(argv: list[str], *names: str) -> tuple[list[str], bool]:
     """`argv` without the flag, and whether it was there; what follows `--` is left alone."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -197,10 +217,7 @@ def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
         message, hint = _usage(error)
         return message, hint + ("" if not hint else " " if hint.endswith("?") else "; ") + see, error.exit_code
     if processes.lost(error):
-        hint = "see what it said"
-        if "train" in argv or "distill" in argv:
-            hint += "; --resume continues from the last checkpoint"
-        return "another process of this command has ended", hint, 1
+        return "another process of this command has ended", f"see what it said{_goes_on(argv)}", 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error):
         trains = _command_path(argv).split()[-1] in ("train", "distill")
         hint = "add --micro-batch auto or --checkpoint-activations" if trains else "try a smaller --batch"

@@ -177,6 +177,27 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     good([team.alone("train", "--resume", tmp_path / "run", "--stop-after", 1)], 75)
 
 
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_stands_still_ends_the_others(stopped, tmp_path, monkeypatch):
+    monkeypatch.setenv("CMTOOL_PATIENCE", "6")
+    started = team.start(2, ["-m", "cmtool", *TRAIN, "--iterations", "9999", "--out", str(tmp_path / "run")])
+    wait_for(tmp_path / "run" / "checkpoints", started)
+    started[stopped].send_signal(signal.SIGSTOP)
+    other = started[1 - stopped]
+    err = other.communicate(timeout=60)[1]
+    started[stopped].kill()
+    team.finish(started)
+    assert other.returncode == 1
+    assert f"error: process {stopped} of 2 has given no sign of life for 6 s\nhint: " in err
+
+
+def test_a_patience_that_is_no_number_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("CMTOOL_PATIENCE", "soon")
+    ended = team.cmtool(2, *TRAIN, "--out", tmp_path / "run")
+    assert [one.code for one in ended] == [2, 2]
+    assert [one.err.count("error: CMTOOL_PATIENCE is 'soon': expected a number of seconds") for one in ended] == [1, 0]
+
+
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     started = team.start(2, ["-m", "cmtool", *TRAIN, "--iterations", "9999", "--out", str(tmp_path / "run")])
     wait_for(tmp_path / "run" / "metrics.jsonl", started)
@@ -243,17 +264,19 @@ def hosts():
             one.wait()
 
 
-@pytest.mark.skipif(not namespaces(), reason="networks of one's own need root on Linux")
-def test_a_host_that_dies_ends_the_other(hosts, tmp_path):
-    run = tmp_path / "run"
+@pytest.fixture
+def two_hosts(hosts, tmp_path):
+    """A training on both, at work; patient for six seconds."""
     started = [
         subprocess.Popen(
             [
                 *("nsenter", "-t", str(host.pid), "-n", sys.executable, "-m", "cmtool"),
-                *(*TRAIN, "--iterations", "9999", "--out", str(run)),
+                *(*TRAIN, "--iterations", "9999", "--out", str(tmp_path / "run")),
             ],
             env=team.environment(
-                rank, 2, 29511, MASTER_ADDR="10.77.0.1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", GLOO_SOCKET_IFNAME=name
+                *(rank, 2, 29511),
+                **{"MASTER_ADDR": "10.77.0.1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "CMTOOL_PATIENCE": "6"},
+                GLOO_SOCKET_IFNAME=name,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -261,10 +284,28 @@ def test_a_host_that_dies_ends_the_other(hosts, tmp_path):
         )
         for rank, (host, name) in enumerate(zip(hosts, ("left", "right"), strict=True))
     ]
-    wait_for(run / "checkpoints", started)
-    started[1].kill()
-    ended = team.finish(started)
+    wait_for(tmp_path / "run" / "checkpoints", started)
+    return started
+
+
+@pytest.mark.skipif(not namespaces(), reason="networks of one's own need root on Linux")
+def test_a_host_that_dies_ends_the_other(two_hosts, tmp_path):
+    two_hosts[1].kill()
+    ended = team.finish(two_hosts)
     assert ended[0].code == 1
     assert "error: another process of this command has ended" in ended[0].err
     assert "--resume continues from the last checkpoint" in ended[0].err
-    good([team.alone("train", "--resume", run, "--stop-after", 1)], 75)
+    good([team.alone("train", "--resume", tmp_path / "run", "--stop-after", 1)], 75)
+
+
+@pytest.mark.skipif(not namespaces(), reason="networks of one's own need root on Linux")
+def test_a_cable_that_is_cut_ends_both(hosts, two_hosts, tmp_path):
+    cut = ["nsenter", "-t", str(hosts[0].pid), "-n", "ip", "link", "set", "left", "down"]
+    subprocess.run(cut, check=True, capture_output=True)
+    ended = team.finish(two_hosts, timeout=30)
+    for one, other in zip(ended, (1, 0), strict=True):
+        assert one.code == 1
+        assert f"error: process {other} of 2 has given no sign of life for 6 s\n" in one.err
+        assert "the network between may be down; --resume continues from the last checkpoint" in one.err
+        assert "Traceback" not in one.err
+    good([team.alone("train", "--resume", tmp_path / "run", "--stop-after", 1)], 75)
