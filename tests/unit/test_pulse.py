@@ -54,24 +54,35 @@ def soon(true):
 
 
 def test_the_living_are_left_alone(watch):
-    pulses, said = watch(3, Board())
-    time.sleep(1.5)
+    pulses, said = watch(3, Board(), seconds=2)
+    time.sleep(4)
     assert said == [[], [], []]
     for one in pulses:
         one.stop()
-    time.sleep(1)
+    time.sleep(3)
     assert said == [[], [], []]  # those that have parted watch nobody
 
 
 def test_the_first_notices_any_other(watch):
     pulses, said = watch(4, Board())
-    for one in pulses[2:]:
-        one.stop()
+    pulses[2].stop()
     soon(lambda: said[0])
     (error,) = said[0]
     assert isinstance(error, ProcessError)
-    assert error.message == "2 processes (the first is 2) of 4 have given no sign of life for 0.6 s"
-    assert not said[1]
+    assert error.message == "process 2 of 4 has given no sign of life for 0.6 s"
+    assert not said[1]  # they watch the first alone
+
+
+def test_several_are_one_message(watch):
+    board = Board()
+    pulses, said = watch(4, board, seconds=1)
+    for one in pulses[1:]:
+        one.stop()
+    pulses[0]._heard = dict.fromkeys((1, 2, 3), time.monotonic())  # of the same moment
+    soon(lambda: said[0])
+    assert said[0][0].message == "3 processes (the first is 1) of 4 have given no sign of life for 1 s"
+    time.sleep(0.5)
+    assert len(said[0]) == 1
 
 
 def test_all_notice_the_first(watch):
