@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "evaluation": FLOW | {"compat", "generate", "io", "processes", "rng", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
     "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
-    "benchmark": FLOW | {"compat", "generate", "io", "networks", "rng", "times", "training"},
+    "benchmark": FLOW | {"compat", "generate", "io", "networks", "precision", "rng", "times", "training"},
     "reporting": set(),
     "studio": FLOW | {"generate", "io", "starts"},
     "cli": FLOW
