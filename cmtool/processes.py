@@ -94,13 +94,13 @@ class Agreement:
 class _Team(Processes):
     """One of several processes."""
 
-    def __init__(self, rank: int, count: int, local_rank: int, store: Any) -> None:
+    def __init__(self, rank: int, count: int, local_rank: int, store: Any, patience: float) -> None:
         import torch.distributed as dist
 
         self.rank, self.count, self.local_rank, self._store = rank, count, local_rank, store
         self._pulse = None
         if _when_silent is not None:
-            self._pulse = pulse.Pulse(pulse.board(), rank, count, pulse.patience(), _when_silent)
+            self._pulse = pulse.Pulse(pulse.board(patience), rank, count, patience, _when_silent)
         # A group of its own: what is said here must not mix with the gradients, which others send in the background.
         self.control = dist.new_group(backend="gloo", timeout=TIMEOUT)
         if self._pulse is not None:
@@ -227,6 +227,7 @@ def join() -> Processes:
     rank, count, local_rank = expected()
     if count == 1 or _current.many:
         return _current
+    patience = pulse.patience()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost connection means is said once, and in words
     import torch
     import torch.distributed as dist
@@ -237,7 +238,7 @@ def join() -> Processes:
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=TIMEOUT)
-        _current = _Team(rank, count, local_rank, store)
+        _current = _Team(rank, count, local_rank, store, patience)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"process {rank} of {count} has not met the others: {_first_line(error)}",

@@ -44,9 +44,11 @@ def patience() -> float:
     raise UsageError(f"CMTOOL_PATIENCE is {text!r}: expected a number of seconds", "leave it unset for 180")
 
 
-def board() -> Board:
+def board(seconds: float) -> Board:
     """A connection of one's own to the store: on the one that all share, a sign of life would wait for other questions.
 
+    Args:
+        seconds: until a question counts as unanswered.
     Raises:
         RuntimeError: if it cannot be reached.
     """
@@ -57,7 +59,7 @@ def board() -> Board:
         int(os.environ["MASTER_PORT"]),
         is_master=False,
         wait_for_workers=False,
-        timeout=timedelta(seconds=patience()),
+        timeout=timedelta(seconds=seconds),
     )
     return found
 

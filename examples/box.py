@@ -1,7 +1,7 @@
 """The models in the box: how the small ones that come with cmtool were made, to be made again.
 
     python examples/box.py --only digits-small                          a quarter of an hour on 2 cores
-    python examples/box.py --only cifar10-small --data CIFAR_FOLDER     about 7 minutes on an NVIDIA H200
+    python examples/box.py --only cifar10-small --data CIFAR_FOLDER     some six minutes of training on a GPU
 
 Each is a teacher, a student, the times that `cmtool search` finds for it, and its weights in bfloat16: NAME.safetensors
 in --out is the file that lies in `cmtool/box`. CIFAR_FOLDER holds the training images, a folder a class. With --short a
@@ -33,7 +33,7 @@ class Recipe:
     teacher: tuple[str, ...]
     student: tuple[str, ...]
     again: tuple[str, ...]  # a second stage, from the student on; empty without one
-    more: dict[str, list[float]]  # times of more calls than the two that are searched for: chosen by eye
+    more: dict[str, list[float]]  # times of more calls than the two that are searched for: chosen by hand
     grid: int  # an edit takes a call for each of so many noise levels but the last: see `examples/edits.py`
     limit: int  # bytes
 
@@ -64,16 +64,8 @@ RECIPES = {
         ),
         again=(  # neighbours a quarter as far apart as in the last of the student's four stages
             *("train", "--preset", "ect", "--batch", "512", "--lr", "5e-4", "--set", "optimizer.clip_norm=1"),
-            *(
-                "--set",
-                "objective.times.q=64",
-                "--set",
-                "objective.times.stages=1",
-                "--iterations",
-                "3000",
-                "--seed",
-                "1",
-            ),
+            *("--set", "objective.times.q=64", "--set", "objective.times.stages=1"),
+            *("--iterations", "3000", "--seed", "1"),
         ),
         more={"3": [80.0, 17.0, 3.0], "4": [80.0, 24.4, 5.84, 2.0]},
         grid=40,

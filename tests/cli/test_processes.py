@@ -196,6 +196,9 @@ def test_a_patience_that_is_no_number_is_refused(tmp_path, monkeypatch):
     ended = team.cmtool(2, *TRAIN, "--out", tmp_path / "run")
     assert [one.code for one in ended] == [2, 2]
     assert [one.err.count("error: CMTOOL_PATIENCE is 'soon': expected a number of seconds") for one in ended] == [1, 0]
+    command = [sys.executable, "-m", "cmtool", *TRAIN, "--out", str(tmp_path / "run")]  # before anybody is waited for
+    first = subprocess.run(command, env=team.environment(0, 2, team.free_port()), timeout=60, check=False)
+    assert first.returncode == 2
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
