@@ -5,74 +5,137 @@
 //
 //     u = x + pre;  hat = (u - mean) rstd;  z = weight hat + bias;  y = keep(silu(z))
 //
-// Images are shared out to threads; where there are fewer images than threads, the pixels of each image are.
+// Images are shared out to threads; where there are fewer images than threads, the pixels of each image are. A pixel's
+// channels are taken a vector at a time. The vectors are written out, since what a compiler makes of plain loops here
+// hangs by a thread: one more choice between two numbers, and they were ten times as slow.
 
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
-
-// Loops over memory are functions of their own: inside of what OpenMP makes of a parallel region the compiler finds
-// their accesses too complicated for vector instructions.
-#define ALONE __attribute__((noinline))
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
+
+// --- vectors --------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr long BYTES = 64;
+#elif defined(__AVX2__)
+constexpr long BYTES = 32;
+#else
+constexpr long BYTES = 16;
+#endif
+constexpr long W = BYTES / 4;  // lanes
+
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
 
 struct bf16 {
     uint16_t bits;
 };
 
-inline float load(float value) { return value; }
-inline float load(bf16 value) {
-    uint32_t wide = (uint32_t)value.bits << 16;
-    float out;
-    memcpy(&out, &wide, 4);
+// How many lanes count: all, or those of the last channels, where their number is no multiple of W.
+struct All {
+    static constexpr long count = W;
+};
+struct Some {
+    long count;
+};
+
+// The channels of a pixel, a vector at a time: body(first channel, All or Some).
+template <class Body>
+inline void channels(long C, Body body) {
+    long c = 0;
+    for (; c + W <= C; c += W) body(c, All{});
+    if (c < C) body(c, Some{C - c});
+}
+
+template <class Lanes>
+inline Floats load(const float *from, Lanes lanes) {
+    Floats out = {};
+    memcpy(&out, from, lanes.count * sizeof(float));
     return out;
 }
-inline void store(float &place, float value) { place = value; }
-inline void store(bf16 &place, float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, 4);
-    uint32_t even = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16;
-    place.bits = (wide & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : (uint16_t)even;
+template <class Lanes>
+inline Floats load(const bf16 *from, Lanes lanes) {
+    Halves half = {};
+    memcpy(&half, from, lanes.count * sizeof(bf16));
+    return (Floats)(__builtin_convertvector(half, Words) << 16);
+}
+template <class Lanes>
+inline void store(float *to, Floats value, Lanes lanes) {
+    memcpy(to, &value, lanes.count * sizeof(float));
+}
+template <class Lanes>
+inline void store(bf16 *to, Floats value, Lanes lanes) {
+#ifdef __AVX512BF16__
+    __m256bh half = _mm512_cvtneps_pbh((__m512)value);
+#else
+    Words wide = (Words)value;
+    Words even = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16;
+    Words nan = Words{} + 0x7FC0;
+    Halves half = __builtin_convertvector((wide & 0x7FFFFFFF) > 0x7F800000 ? nan : even, Halves);
+#endif
+    memcpy(to, &half, lanes.count * sizeof(bf16));
+}
+template <class Lanes>
+inline void add(float *to, Floats value, Lanes lanes) {
+    store(to, load(to, lanes) + value, lanes);
 }
 
-// exp(-|x|) within 2 units in the last place; what is beyond 87 counts as 87. Written out so that the compiler turns it
-// into vector instructions. The limit is a minimum of whole numbers, the bits of |x|: of a choice between floats it makes
-// results for both ends and picks later, and an entry times the smallest number there is takes a hundred times as long.
-inline float decay(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bits &= 0x7FFFFFFF;
-    bits = bits < 0x42AE0000 ? bits : 0x42AE0000;
-    memcpy(&x, &bits, 4);
-    float n = (x * -1.44269504f + 12582912.0f) - 12582912.0f;  // to the nearest whole number: 1.5 * 2^23 has no fractions
-    float r = -x - n * 0.693359375f;
+// z between -limit and limit.
+inline Floats limited(Floats z, float limit) {
+#ifdef __AVX512DQ__
+    return (Floats)_mm512_range_ps((__m512)z, _mm512_set1_ps(limit), 2);  // the smaller in size, with the sign of z
+#else
+    z = z < limit ? z : Floats{} + limit;
+    return z > -limit ? z : Floats{} - limit;
+#endif
+}
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, as good as T can tell: exp(r) within 1.1e-7, and 5.4e-6 of itself.
+template <class T>
+inline Floats rest(Floats r) {
+    Floats p = r * 8.3123976e-3f + 4.1890979e-2f;
+    p = p * r + 1.6667119e-1f;
+    return p * r + 4.9999225e-1f;
+}
+template <>
+inline Floats rest<bf16>(Floats r) {
+    Floats p = r * 4.1276231e-2f + 1.6753861e-1f;
+    return p * r + 5.0005156e-1f;
+}
+
+// 1 / (1 + exp(-z)); what is beyond 87 on either side counts as 87.
+template <class T>
+inline Floats sigmoid(Floats z) {
+    Floats x = limited(z, 87.0f);
+    Floats shifted = x * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: no fractions, and the whole number n in the last bits
+    Floats n = shifted - 12582912.0f;
+    Floats r = -x - n * 0.693359375f;  // -z - n ln 2, in two parts of which the first is exact
     r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    uint32_t scale = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &scale, 4);
-    return p * power;
-}
-
-inline float sigmoid(float z) {
-    float e = decay(z);
-    return (z >= 0 ? 1.0f : e) / (1.0f + e);
+    Floats power = (rest<T>(r) * r + 1.0f) * r + 1.0f;
+    power = (Floats)((Words)power + ((Words)shifted << 23));  // times 2^n
+    return 1.0f / (1.0f + power);
 }
 
 // A number for each entry of a sample; `layers.kept` is the same function. Entries below the threshold are dropped.
-inline uint32_t mixed(uint32_t entry, uint32_t key) {
-    uint32_t h = (entry * 0x9E3779B1u) ^ key;
+inline Words mixed(Words entry, uint32_t key) {
+    Words h = (entry * 0x9E3779B1u) ^ key;
     h = (h ^ (h >> 16)) * 0x7FEB352Du;
     h = (h ^ (h >> 15)) * 0x846CA68Bu;
     return h ^ (h >> 16);
 }
+const Words LANES = [] {
+    Words out = {};
+    for (long lane = 0; lane < W; lane++) out[lane] = (uint32_t)lane;
+    return out;
+}();
+
+// --- the chain ------------------------------------------------------------------------------------------------------
 
 struct Shape {
     long B, P, C, G;
@@ -84,27 +147,25 @@ struct Shape {
 
 // Sums over pixels [from, to) of u - origin and its square, per channel.
 template <class T>
-ALONE void sums(const T *__restrict x, const float *__restrict origin, float *__restrict s1, float *__restrict s2,
-                long from, long to, long C) {
+void sums(const T *x, const float *origin, float *s1, float *s2, long from, long to, long C) {
     long p = from;
     for (; p + 4 <= to; p += 4) {
-        const T *r0 = x + p * C, *r1 = r0 + C, *r2 = r1 + C, *r3 = r2 + C;
-#pragma omp simd
-        for (long c = 0; c < C; c++) {
-            float o = origin[c];
-            float a = load(r0[c]) - o, b = load(r1[c]) - o, d = load(r2[c]) - o, e = load(r3[c]) - o;
-            s1[c] += (a + b) + (d + e);
-            s2[c] += (a * a + b * b) + (d * d + e * e);
-        }
+        const T *row = x + p * C;
+        channels(C, [=](long c, auto lanes) {
+            Floats o = load(origin + c, lanes);
+            Floats a = load(row + c, lanes) - o, b = load(row + C + c, lanes) - o;
+            Floats d = load(row + 2 * C + c, lanes) - o, e = load(row + 3 * C + c, lanes) - o;
+            add(s1 + c, (a + b) + (d + e), lanes);
+            add(s2 + c, (a * a + b * b) + (d * d + e * e), lanes);
+        });
     }
     for (; p < to; p++) {
         const T *row = x + p * C;
-#pragma omp simd
-        for (long c = 0; c < C; c++) {
-            float a = load(row[c]) - origin[c];
-            s1[c] += a;
-            s2[c] += a * a;
-        }
+        channels(C, [=](long c, auto lanes) {
+            Floats a = load(row + c, lanes) - load(origin + c, lanes);
+            add(s1 + c, a, lanes);
+            add(s2 + c, a * a, lanes);
+        });
     }
 }
 
@@ -132,21 +193,21 @@ void finish(const Shape &s, const float *origin, const float *pre, const float *
     }
 }
 
+// What dropout makes of the entries from `first` on.
+inline Floats kept(const Shape &s, Floats value, uint32_t first, uint32_t key) {
+    return mixed(LANES + first, key) < s.threshold ? Floats{} : value * s.grown;
+}
+
 template <class T, bool SILU, bool DROP>
-ALONE void apply(const Shape &s, const T *__restrict x, T *__restrict y, const float *__restrict factor,
-                 const float *__restrict offset, uint32_t key, long from, long to) {
+void apply(const Shape s, const T *x, T *y, const float *factor, const float *offset, uint32_t key, long from, long to) {
     const long C = s.C;
     for (long p = from; p < to; p++) {
-        const T *in = x + p * C;
-        T *out = y + p * C;
-        uint32_t first = (uint32_t)(p * C);
-#pragma omp simd
-        for (long c = 0; c < C; c++) {
-            float z = factor[c] * load(in[c]) + offset[c];
-            float value = SILU ? z * sigmoid(z) : z;
-            if (DROP) value = mixed(first + (uint32_t)c, key) < s.threshold ? 0.0f : value * s.grown;
-            store(out[c], value);
-        }
+        channels(C, [=](long c, auto lanes) {
+            Floats z = load(factor + c, lanes) * load(x + p * C + c, lanes) + load(offset + c, lanes);
+            Floats value = SILU ? z * sigmoid<T>(z) : z;
+            if (DROP) value = kept(s, value, (uint32_t)(p * C + c), key);
+            store(y + p * C + c, value, lanes);
+        });
     }
 }
 
@@ -180,7 +241,8 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
         const float *own = pre ? pre + b * C : nullptr;
         float origin[C], factor[C], offset[C], totals[2 * C];
         memset(totals, 0, sizeof totals);
-        for (long c = 0; c < C; c++) origin[c] = load(image[c]);  // near the mean: squares lose no digits
+        // Near the mean: squares lose no digits.
+        channels(C, [&](long c, auto lanes) { store(origin + c, load(image + c, lanes), lanes); });
         if (inner == 1) {
             sums(image, origin, totals, totals + C, 0, s.P, C);
         } else {
@@ -214,27 +276,21 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
 
 // dz into dx (rounded to T), and the sums of dz and dz hat per channel.
 template <class T, bool SILU, bool DROP>
-ALONE void slopes(const Shape &s, const T *__restrict dy, const T *__restrict x, T *__restrict dx,
-                  const float *__restrict factor, const float *__restrict offset, const float *__restrict one,
-                  const float *__restrict less, float *__restrict s1, float *__restrict s2, uint32_t key, long from,
-                  long to) {
+void slopes(const Shape s, const T *dy, const T *x, T *dx, const float *factor, const float *offset, const float *one,
+            const float *less, float *s1, float *s2, uint32_t key, long from, long to) {
     const long C = s.C;
     for (long p = from; p < to; p++) {
-        const T *in = x + p * C, *grad = dy + p * C;
-        T *out = dx + p * C;
-        uint32_t first = (uint32_t)(p * C);
-#pragma omp simd
-        for (long c = 0; c < C; c++) {
-            float value = load(in[c]), d = load(grad[c]);
-            if (DROP) d = mixed(first + (uint32_t)c, key) < s.threshold ? 0.0f : d * s.grown;
+        channels(C, [=](long c, auto lanes) {
+            Floats value = load(x + p * C + c, lanes), d = load(dy + p * C + c, lanes);
+            if (DROP) d = kept(s, d, (uint32_t)(p * C + c), key);
             if (SILU) {
-                float z = factor[c] * value + offset[c], on = sigmoid(z);
+                Floats z = load(factor + c, lanes) * value + load(offset + c, lanes), on = sigmoid<T>(z);
                 d *= on * (1.0f + z * (1.0f - on));
             }
-            s1[c] += d;
-            s2[c] += d * (one[c] * value + less[c]);
-            store(out[c], d);
-        }
+            add(s1 + c, d, lanes);
+            add(s2 + c, d * (load(one + c, lanes) * value + load(less + c, lanes)), lanes);
+            store(dx + p * C + c, d, lanes);
+        });
     }
 }
 
@@ -249,18 +305,15 @@ void slopes_any(const Shape &s, const T *dy, const T *x, T *dx, const float *fac
 
 // dx = factor dz + slope x + level, and its sum per channel.
 template <class T>
-ALONE void gradient(const T *__restrict x, T *__restrict dx, const float *__restrict factor,
-                    const float *__restrict slope, const float *__restrict level, float *__restrict total, long from,
-                    long to, long C) {
+void gradient(const T *x, T *dx, const float *factor, const float *slope, const float *level, float *total, long from,
+              long to, long C) {
     for (long p = from; p < to; p++) {
-        const T *in = x + p * C;
-        T *out = dx + p * C;
-#pragma omp simd
-        for (long c = 0; c < C; c++) {
-            float value = factor[c] * load(out[c]) + slope[c] * load(in[c]) + level[c];
-            total[c] += value;
-            store(out[c], value);
-        }
+        channels(C, [=](long c, auto lanes) {
+            Floats value = load(factor + c, lanes) * load(dx + p * C + c, lanes) +
+                           load(slope + c, lanes) * load(x + p * C + c, lanes) + load(level + c, lanes);
+            add(total + c, value, lanes);
+            store(dx + p * C + c, value, lanes);
+        });
     }
 }
 
