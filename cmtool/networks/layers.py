@@ -33,6 +33,33 @@ def _plain() -> bool:
     return not torch.is_grad_enabled() and not derived()
 
 
+class _Kept:
+    """What was made of a parameter, as an attribute of it: it goes when the parameter goes, and is never saved."""
+
+    def __init__(self) -> None:
+        self.of: tuple[Any, ...] = ()
+        self.value: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Kept, ()
+
+
+def _kept(parameter: Tensor, dtype: torch.dtype, gain: float) -> Tensor:
+    """A parameter times a gain, in another type: the same tensor for as long as the parameter does not change."""
+    if parameter.is_inference():  # nobody counts its changes
+        return (parameter * gain).to(dtype)
+    kept = getattr(parameter, "_kept", None)
+    if kept is None:
+        kept = parameter._kept = _Kept()  # type: ignore[attr-defined]
+    now = (parameter._version, parameter.data_ptr(), dtype, gain)
+    if kept.of != now:
+        with torch.inference_mode(False):  # the next pass may want a gradient
+            kept.value = parameter.detach().to(dtype) if gain == 1 else (parameter.detach() * gain).to(dtype)
+        kept.of = now
+    value: Tensor = kept.value
+    return value
+
+
 class _Cast(torch.autograd.Function):
     """A parameter times a gain, in another type: computed once for as long as the parameter does not change.
 
@@ -41,15 +68,7 @@ class _Cast(torch.autograd.Function):
 
     @staticmethod
     def forward(parameter: Tensor, dtype: torch.dtype, gain: float) -> Tensor:
-        if parameter.is_inference():  # nobody counts its changes
-            return (parameter * gain).to(dtype)
-        kept = getattr(parameter, "_cast", None)  # an attribute of the tensor: it goes when the parameter goes
-        now = (parameter._version, parameter.data_ptr(), dtype, gain)
-        if kept is None or kept[0] != now:
-            with torch.inference_mode(False):  # the next pass may want a gradient
-                value = parameter.detach().to(dtype) if gain == 1 else (parameter.detach() * gain).to(dtype)
-            parameter._cast = kept = (now, value)  # type: ignore[attr-defined]
-        return kept[1].detach()
+        return _kept(parameter, dtype, gain).detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, torch.dtype, float], output: Tensor) -> None:
@@ -87,7 +106,9 @@ def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0, *, keep: bool
         return parameter
     if not keep or torch.compiler.is_compiling() or torch.compiler.is_exporting() or _recording(parameter):
         return parameter.to(dtype) if gain == 1 else (parameter * gain).to(dtype)
-    made: Tensor = _Cast.forward(parameter, dtype, gain) if _plain() else _Cast.apply(parameter, dtype, gain)
+    if _plain():
+        return _kept(parameter, dtype, gain)
+    made: Tensor = _Cast.apply(parameter, dtype, gain)
     return made
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from dataclasses import replace
@@ -703,3 +704,42 @@ def test_off_a_gpu_nothing_is_recorded(monkeypatch):
     other = build(network.config)
     record(other)
     assert other._compiled_call_impl is None
+
+
+# --- weights in other forms ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_changed_parameters_are_seen(grad):
+    conv = layers.Conv2d(4, 4, 3)
+    x = torch.randn(1, 4, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
+    with torch.set_grad_enabled(grad):
+        before = conv(x).detach()
+        with torch.no_grad():
+            conv.weight.mul_(2)
+            conv.bias.mul_(2)
+        torch.testing.assert_close(conv(x).detach(), 2 * before)
+        conv.weight.grad, conv.bias.grad = torch.ones_like(conv.weight), torch.ones_like(conv.bias)
+        optimizer.param_groups[0]["lr"] = 1.0
+        optimizer.step()
+        assert not torch.equal(conv(x).detach(), 2 * before)
+        conv.weight.data = torch.zeros_like(conv.weight)
+        conv.bias.data = torch.zeros_like(conv.bias)
+        assert not conv(x).detach().any()
+
+
+def test_what_was_made_of_parameters_is_not_saved(tmp_path):
+    conv = layers.Conv2d(64, 64, 3)
+    x = torch.randn(1, 64, 8, 8).bfloat16().to(memory_format=torch.channels_last)
+    torch.save(conv, tmp_path / "before.pt")
+    with torch.no_grad():
+        expected = conv(x)
+    conv(x).sum().backward()
+    conv.zero_grad()
+    torch.save(conv, tmp_path / "after.pt")
+    assert (tmp_path / "after.pt").stat().st_size < 1.1 * (tmp_path / "before.pt").stat().st_size
+    loaded = torch.load(tmp_path / "after.pt", weights_only=False)
+    for other in (loaded, copy.deepcopy(conv)):
+        with torch.no_grad():
+            assert torch.equal(other(x), expected)
