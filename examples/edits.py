@@ -6,7 +6,8 @@ For each edit and number of network calls: PSNR and SSIM to the true images, the
 stated substitute for LPIPS, whose weights are not at hand everywhere), how far the answers are from what was known
 (levels of 255, after rounding), and seconds an image. Beside them: bicubic enlargement, the image left grey, the hole
 filled by biharmonic equations (scikit-image, if it is installed). 39 calls are OpenAI's settings: all levels of
-a grid of 40 but the last. Results are kept in --out: results.jsonl, table.md, a picture of each edit.
+a grid of 40 but the last. Results are kept in --out: results.jsonl, table.md, and a picture of each edit, in which six
+images have three answers each. `-n 8 --steps 39` makes little more than the pictures.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +35,7 @@ from cmtool.io.data import open_data
 from cmtool.io.images import captioned_rows, from_uint8, to_uint8, write_image
 
 _EXACT = 58.9  # dB that rounding to 8 bits leaves: some images are grey, and grey answers the truth
-STEPS = (1, 2, 4, 8, 16, 39)  # the last: as OpenAI
+STEPS = "1,2,4,8,16,39"  # the last: as OpenAI
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Task:
     name: str
     op: Degradation
     answer: Callable[..., Tensor]
+    seen: Callable[[Tensor], Tensor]  # what is known, as a picture
     floor: str
     simple: Callable[[Tensor], Tensor | None]
 
@@ -76,6 +79,10 @@ def bicubic(small: Tensor, factor: int) -> Tensor:
     return from_uint8(torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2))
 
 
+def grey(images: Tensor) -> Tensor:
+    return (Luma().A(images) / sum(Luma.weights)).expand(-1, 3, -1, -1)
+
+
 def tasks(model: FlowMap) -> list[Task]:
     mask = hole(model.card.resolution)
 
@@ -85,6 +92,7 @@ def tasks(model: FlowMap) -> list[Task]:
             f"superres x{factor}",
             op,
             lambda images, **how: cmtool.superres(model, op.A(images), factor, **how),
+            lambda images: F.interpolate(op.A(images), scale_factor=factor),
             "bicubic",
             lambda images: bicubic(op.A(images), factor),
         )
@@ -94,6 +102,7 @@ def tasks(model: FlowMap) -> list[Task]:
             "inpaint",
             Mask(mask[None]),
             lambda images, **how: cmtool.inpaint(model, images, mask, **how),
+            lambda images: images.masked_fill(mask, 0.0),
             "biharmonic",
             lambda images: biharmonic(images, mask),
         ),
@@ -101,8 +110,9 @@ def tasks(model: FlowMap) -> list[Task]:
             "colorize",
             Luma(),
             lambda images, **how: cmtool.colorize(model, images, **how),
+            grey,
             "left grey",
-            lambda images: (Luma().A(images) / sum(Luma.weights)).expand(-1, 3, -1, -1),
+            grey,
         ),
         enlarge(2),
         enlarge(4),
@@ -128,27 +138,33 @@ class Ruler:
         }
 
 
-def rows(model: FlowMap, truth: Tensor, labels: list[int] | None, folder: Path) -> list[dict]:
-    found: list[dict] = []
+def rows(model: FlowMap, truth: Tensor, labels: list[int] | None, steps: list[int]) -> Iterator[dict]:
+    """What there is to say of each edit and number of calls."""
     images, ruler = from_uint8(truth), Ruler(truth)
     count = len(images)
     for task in tasks(model):
-        shown = [("truth", truth[:12])]
         simple = task.simple(images)
         if simple is not None:
-            found.append({"edit": task.name, "by": task.floor, "calls": 0, **ruler(task, simple)})
-            shown.append((task.floor, to_uint8(simple[:12])))
-        for steps in STEPS:
-            name = f"{steps} calls" + (", as OpenAI" if steps == STEPS[-1] else "")
+            yield {"edit": task.name, "by": task.floor, "calls": 0, **ruler(task, simple)}
+        for calls in steps:
+            name = f"{calls} calls" + (", as OpenAI" if calls == 39 else "")
             start = time.perf_counter()
-            answers = task.answer(images, seeds=range(count), labels=labels, steps=steps)
+            answers = task.answer(images, seeds=range(count), labels=labels, steps=calls)
             seconds = (time.perf_counter() - start) / count
-            row = {"edit": task.name, "by": name, "calls": steps, **ruler(task, answers), "seconds": seconds}
-            found.append(row)
-            print(json.dumps(row), flush=True)
-            shown.append((name, to_uint8(answers[:12])))
-        write_image(str(folder / f"{task.name.replace(' ', '-')}.png"), captioned_rows(shown, columns=12, scale=3))
-    return found
+            yield {"edit": task.name, "by": name, "calls": calls, **ruler(task, answers), "seconds": seconds}
+
+
+def picture(task: Task, truth: Tensor, labels: list[int] | None, calls: int) -> Tensor:
+    """Six of the images: real, what is known, the simple answer, and three others; uint8 [3, H, W]."""
+    chosen = torch.linspace(0, len(truth) - 1, min(6, len(truth))).long()
+    images, told = from_uint8(truth[chosen]), None if labels is None else [labels[index] for index in chosen.tolist()]
+    simple = task.simple(images)
+    shown = [("real", images), ("known", task.seen(images))]
+    shown += [] if simple is None or task.floor == "left grey" else [(task.floor, simple)]
+    for answer in range(3):
+        seeds = range(answer * len(images), (answer + 1) * len(images))
+        shown.append(("" if answer else "answers", task.answer(images, seeds=seeds, labels=told, steps=calls)))
+    return captioned_rows([(name, to_uint8(one)) for name, one in shown], scale=2)
 
 
 def table(found: list[dict]) -> str:
@@ -168,6 +184,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="images the model has not seen, a folder a class")
     parser.add_argument("--out", type=Path, default=Path("edits"))
     parser.add_argument("-n", type=int, default=500, help="images, evenly spread over the data")
+    parser.add_argument("--steps", default=STEPS, help="numbers of network calls; the pictures are of the last")
     parser.add_argument(
         "--labels", action="store_true", help="tell the model the classes; else each image has a random one"
     )
@@ -179,7 +196,14 @@ def main() -> None:
     images, labels = data.batch(torch.linspace(0, len(data) - 1, options.n).round().long())[:2]
     options.out.mkdir(parents=True, exist_ok=True)
     told = labels.tolist() if options.labels and labels is not None else None
-    found = rows(model, images, told, options.out)
+    steps = [int(calls) for calls in options.steps.split(",")]
+    found = []
+    for row in rows(model, images, told, steps):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    for task in tasks(model):
+        file = options.out / f"{task.name.replace(' ', '-')}.png"
+        write_image(str(file), picture(task, images, told, steps[-1]))
     (options.out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     (options.out / "table.md").write_text(table(found) + "\n")
     print(table(found))
