@@ -22,6 +22,7 @@ from cmtool.networks.layers import (
     Recomputed,
     Resample,
     attend,
+    convolve,
     look_up,
     noise_features,
     normed,
@@ -193,7 +194,7 @@ def _qkv_blocks(conv: Conv2d, x: Tensor) -> Tensor:
     weight, bias = conv.weight, conv.bias
     assert bias is not None
     weight, bias = (rows.unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1).to(x.dtype) for rows in (weight, bias))
-    return F.conv2d(x, weight, bias)
+    return convolve(x, weight, bias)
 
 
 class Fourier(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import EDM2Config, level_resolutions
-from cmtool.networks.layers import MapGap, Recomputed, Resample, attend, drop, look_up, prepare
+from cmtool.networks.layers import MapGap, Recomputed, Resample, attend, convolve, drop, look_up, prepare
 
 EPS = 1e-4  # added to every magnitude that is divided by
 SILU = 0.596  # root mean square of SiLU of a standard normal number, equation 81
@@ -162,7 +162,7 @@ class MPConv(nn.Module):
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """The layer, times `gain`, in the type of its input: [B, C] or [B, C, H, W]."""
         weight = self.effective(x.dtype, gain)
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+        return F.linear(x, weight) if weight.ndim == 2 else convolve(x, weight, padding=(weight.shape[-1] // 2,) * 2)
 
     @torch.no_grad()
     def normalise(self) -> None:
@@ -285,5 +285,5 @@ def unit_qkv(conv: MPConv, x: Tensor, num_heads: int) -> Tensor:
     The stored rows of each head alternate q, k, v; `attend` takes them as three blocks.
     """
     weight = conv.effective(x.dtype).unflatten(0, (-1, 3)).transpose(0, 1).flatten(0, 1)
-    qkv = F.conv2d(x, weight).unflatten(1, (3 * num_heads, -1))
+    qkv = convolve(x, weight).unflatten(1, (3 * num_heads, -1))
     return normalise(qkv, 2).flatten(1, 2)

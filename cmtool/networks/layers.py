@@ -117,6 +117,59 @@ def _recording(parameter: Tensor) -> bool:
     return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+class _Convolve(torch.autograd.Function):
+    """A convolution whose forward-mode derivative leaves out what does not move.
+
+    torch's own computes that of the weights, too: for the usual tangents it convolves x with zeros.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, _, *ctx.place = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        stride, padding = ctx.place
+        rest = ([len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted)
+        return *torch.ops.aten.convolution_backward(grad, x, weight, *rest), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        terms = [] if dx is None else [F.conv2d(dx, weight, None, *ctx.place)]
+        terms += [] if dweight is None else [F.conv2d(x, dweight, None, *ctx.place)]
+        terms += [] if dbias is None else [dbias[:, None, None]]
+        change: Any = sum(terms[1:], start=terms[0])
+        return change
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+) -> Tensor:
+    """torch's convolution, as fast as it can be under forward-mode derivatives, too."""
+    if derived() and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        made: Tensor = _Convolve.apply(x, weight, bias, stride, padding)
+        return made
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes in the type of its input."""
 
@@ -139,7 +192,7 @@ class Conv2d(nn.Conv2d):
         """The convolution, times `gain` (applied to the weights: far fewer numbers than the output has)."""
         weight = cast(self.weight, x.dtype, gain, keep=self.keeps_casts)
         bias = self.bias_as(x, gain) if biased else None
-        return F.conv2d(x, weight, bias, stride=self.stride, padding=self.padding)
+        return convolve(x, weight, bias, self.stride, self.padding)  # type: ignore[arg-type]
 
     def bias_as(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """The bias, times `gain`, in the type of x; [out_channels]."""
@@ -265,7 +318,7 @@ class _Normalise(torch.autograd.Function):
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *rest)
-        ctx.save_for_forward(*tensors)
+        ctx.save_for_forward(*tensors, *rest)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -304,7 +357,11 @@ class _Normalise(torch.autograd.Function):
         dbias: Tensor | None,
         *_: None,
     ) -> Any:
-        x, added, weight, bias, keys = ctx.saved_tensors
+        x, added, weight, bias, keys, mean, rstd = ctx.saved_tensors
+        # Under torch.func tensors are wrapped, and only torch's operations know how.
+        if torch._C._functorch.peek_interpreter_stack() is None and not torch.is_grad_enabled() and native.usable(x):
+            known = (x, added, weight, bias, keys, mean, rstd, ctx.how)
+            return native.tangent(dx, *known, d_added, dweight, dbias), None, None
         project, hat, slope = _linearise(x, added, weight, bias, keys, ctx.how)
         change = torch.zeros_like(hat)
         if d_added is not None:

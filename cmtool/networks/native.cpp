@@ -122,6 +122,13 @@ inline Floats sigmoid(Floats z) {
     return 1.0f / (1.0f + power);
 }
 
+// The slope of SiLU.
+template <class T>
+inline Floats slope(Floats z) {
+    Floats on = sigmoid<T>(z);
+    return on * (1.0f + z * (1.0f - on));
+}
+
 // A number for each entry of a sample; `layers.kept` is the same function. Entries below the threshold are dropped.
 inline Words mixed(Words entry, uint32_t key) {
     Words h = (entry * 0x9E3779B1u) ^ key;
@@ -198,26 +205,17 @@ inline Floats kept(const Shape &s, Floats value, uint32_t first, uint32_t key) {
     return mixed(LANES + first, key) < s.threshold ? Floats{} : value * s.grown;
 }
 
-template <class T, bool SILU, bool DROP>
+template <class T>
 void apply(const Shape s, const T *x, T *y, const float *factor, const float *offset, uint32_t key, long from, long to) {
     const long C = s.C;
     for (long p = from; p < to; p++) {
         channels(C, [=](long c, auto lanes) {
             Floats z = load(factor + c, lanes) * load(x + p * C + c, lanes) + load(offset + c, lanes);
-            Floats value = SILU ? z * sigmoid<T>(z) : z;
-            if (DROP) value = kept(s, value, (uint32_t)(p * C + c), key);
-            store(y + p * C + c, value, lanes);
+            if (s.silu) z *= sigmoid<T>(z);
+            if (s.threshold) z = kept(s, z, (uint32_t)(p * C + c), key);
+            store(y + p * C + c, z, lanes);
         });
     }
-}
-
-template <class T>
-void apply_any(const Shape &s, const T *x, T *y, const float *factor, const float *offset, uint32_t key, long from,
-               long to) {
-    if (s.silu && s.threshold) apply<T, true, true>(s, x, y, factor, offset, key, from, to);
-    else if (s.silu) apply<T, true, false>(s, x, y, factor, offset, key, from, to);
-    else if (s.threshold) apply<T, false, true>(s, x, y, factor, offset, key, from, to);
-    else apply<T, false, false>(s, x, y, factor, offset, key, from, to);
 }
 
 // A thread for each image; where there are fewer images than threads, all of them for one image after another. Never one
@@ -232,6 +230,27 @@ void each(const Shape &s, int threads, F image) {
     for (long b = 0; b < s.B; b++) image(b, 1);
 }
 
+// body(totals, from, to) for the pixels of an image: they are shared out to threads, whose totals are added up in order.
+template <class F>
+void pixels(const Shape &s, int threads, float *totals, long count, F body) {
+    if (threads == 1) {
+        body(totals, 0, s.P);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        long n = omp_get_num_threads(), i = omp_get_thread_num();
+        float part[count + 1];
+        memset(part, 0, sizeof part);
+        body(part, s.P * i / n, s.P * (i + 1) / n);
+#pragma omp for ordered schedule(static, 1)
+        for (long k = 0; k < n; k++) {
+#pragma omp ordered
+            for (long c = 0; c < count; c++) totals[c] += part[c];
+        }
+    }
+}
+
 template <class T>
 void forward(const Shape &s, const T *x, const float *pre, const float *weight, const float *bias, const uint32_t *keys,
              T *y, float *mean, float *rstd, int threads) {
@@ -243,64 +262,44 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
         memset(totals, 0, sizeof totals);
         // Near the mean: squares lose no digits.
         channels(C, [&](long c, auto lanes) { store(origin + c, load(image + c, lanes), lanes); });
-        if (inner == 1) {
-            sums(image, origin, totals, totals + C, 0, s.P, C);
-        } else {
-#pragma omp parallel num_threads(inner)
-            {
-                long n = omp_get_num_threads(), i = omp_get_thread_num();
-                float part[2 * C];
-                memset(part, 0, sizeof part);
-                sums(image, origin, part, part + C, s.P * i / n, s.P * (i + 1) / n, C);
-#pragma omp for ordered schedule(static, 1)
-                for (long k = 0; k < n; k++) {
-#pragma omp ordered
-                    for (long c = 0; c < 2 * C; c++) totals[c] += part[c];
-                }
-            }
-        }
+        pixels(s, inner, totals, 2 * C,
+               [&](float *part, long from, long to) { sums(image, origin, part, part + C, from, to, C); });
         finish(s, origin, own, totals, totals + C, weight + b * C, bias + b * C, mean + b * s.G, rstd + b * s.G, factor,
                offset);
-        uint32_t key = keys ? keys[b] : 0;
-        if (inner == 1) {
-            apply_any(s, image, y + b * size, factor, offset, key, 0, s.P);
-        } else {
-#pragma omp parallel num_threads(inner)
-            {
-                long n = omp_get_num_threads(), i = omp_get_thread_num();
-                apply_any(s, image, y + b * size, factor, offset, key, s.P * i / n, s.P * (i + 1) / n);
-            }
-        }
+        pixels(s, inner, nullptr, 0, [&](float *, long from, long to) {
+            apply(s, image, y + b * size, factor, offset, keys ? keys[b] : 0, from, to);
+        });
     });
 }
 
+// What is known of a channel when its norm is: z = factor x + offset, hat = one x + less.
+void known(const Shape &s, long b, const float *pre, const float *weight, const float *bias, const float *mean,
+           const float *rstd, float *factor, float *offset, float *one, float *less) {
+    for (long c = 0, g = b * s.G; c < s.C; c++) {
+        long group = g + c / (s.C / s.G), i = b * s.C + c;
+        float shift = (pre ? pre[i] : 0.0f) - mean[group];
+        one[c] = rstd[group];
+        less[c] = shift * one[c];
+        factor[c] = weight[i] * one[c];
+        offset[c] = bias[i] + shift * factor[c];
+    }
+}
+
 // dz into dx (rounded to T), and the sums of dz and dz hat per channel.
-template <class T, bool SILU, bool DROP>
+template <class T>
 void slopes(const Shape s, const T *dy, const T *x, T *dx, const float *factor, const float *offset, const float *one,
             const float *less, float *s1, float *s2, uint32_t key, long from, long to) {
     const long C = s.C;
     for (long p = from; p < to; p++) {
         channels(C, [=](long c, auto lanes) {
             Floats value = load(x + p * C + c, lanes), d = load(dy + p * C + c, lanes);
-            if (DROP) d = kept(s, d, (uint32_t)(p * C + c), key);
-            if (SILU) {
-                Floats z = load(factor + c, lanes) * value + load(offset + c, lanes), on = sigmoid<T>(z);
-                d *= on * (1.0f + z * (1.0f - on));
-            }
+            if (s.threshold) d = kept(s, d, (uint32_t)(p * C + c), key);
+            if (s.silu) d *= slope<T>(load(factor + c, lanes) * value + load(offset + c, lanes));
             add(s1 + c, d, lanes);
             add(s2 + c, d * (load(one + c, lanes) * value + load(less + c, lanes)), lanes);
             store(dx + p * C + c, d, lanes);
         });
     }
-}
-
-template <class T>
-void slopes_any(const Shape &s, const T *dy, const T *x, T *dx, const float *factor, const float *offset,
-                const float *one, const float *less, float *s1, float *s2, uint32_t key, long from, long to) {
-    if (s.silu && s.threshold) slopes<T, true, true>(s, dy, x, dx, factor, offset, one, less, s1, s2, key, from, to);
-    else if (s.silu) slopes<T, true, false>(s, dy, x, dx, factor, offset, one, less, s1, s2, key, from, to);
-    else if (s.threshold) slopes<T, false, true>(s, dy, x, dx, factor, offset, one, less, s1, s2, key, from, to);
-    else slopes<T, false, false>(s, dy, x, dx, factor, offset, one, less, s1, s2, key, from, to);
 }
 
 // dx = factor dz + slope x + level, and its sum per channel.
@@ -323,70 +322,98 @@ void backward(const Shape &s, const T *dy, const T *x, const float *pre, const f
               float *dbias, int threads) {
     const long C = s.C, size = s.P * C, width = C / s.G;
     each(s, threads, [&](long b, int inner) {
-        float factor[C], offset[C], one[C], less[C], slope[C], level[C], totals[2 * C], moved[C];
-        for (long c = 0; c < C; c++) {
-            float m = mean[b * s.G + c / width], r = rstd[b * s.G + c / width], shift = (pre ? pre[b * C + c] : 0.0f) - m;
-            one[c] = r;
-            less[c] = shift * r;
-            factor[c] = weight[b * C + c] * r;
-            offset[c] = bias[b * C + c] + shift * factor[c];
-        }
+        float factor[C], offset[C], one[C], less[C], along[C], level[C], totals[2 * C], moved[C];
+        known(s, b, pre, weight, bias, mean, rstd, factor, offset, one, less);
         memset(totals, 0, sizeof totals);
         memset(moved, 0, sizeof moved);
-        const T *image = x + b * size, *grad = dy + b * size;
+        const T *image = x + b * size;
         T *out = dx + b * size;
-        uint32_t key = keys ? keys[b] : 0;
-        if (inner == 1) {
-            slopes_any(s, grad, image, out, factor, offset, one, less, totals, totals + C, key, 0, s.P);
-        } else {
-#pragma omp parallel num_threads(inner)
-            {
-                long n = omp_get_num_threads(), i = omp_get_thread_num();
-                float part[2 * C];
-                memset(part, 0, sizeof part);
-                slopes_any(s, grad, image, out, factor, offset, one, less, part, part + C, key, s.P * i / n,
-                           s.P * (i + 1) / n);
-#pragma omp for ordered schedule(static, 1)
-                for (long k = 0; k < n; k++) {
-#pragma omp ordered
-                    for (long c = 0; c < 2 * C; c++) totals[c] += part[c];
-                }
-            }
-        }
+        pixels(s, inner, totals, 2 * C, [&](float *part, long from, long to) {
+            slopes(s, dy + b * size, image, out, factor, offset, one, less, part, part + C, keys ? keys[b] : 0, from, to);
+        });
         for (long g = 0; g < s.G; g++) {
-            double a = 0, h = 0;
+            double a = 0, h = 0, n = (double)s.P * width;
             for (long c = g * width; c < (g + 1) * width; c++) {
                 a += (double)weight[b * C + c] * totals[c];
                 h += (double)weight[b * C + c] * totals[C + c];
             }
-            double r = rstd[b * s.G + g], n = (double)s.P * width;
             for (long c = g * width; c < (g + 1) * width; c++) {
-                double shift = (double)(pre ? pre[b * C + c] : 0.0f) - mean[b * s.G + g];
-                slope[c] = (float)(-h / n * r * r);
-                level[c] = (float)(-a / n * r - h / n * r * r * shift);
+                along[c] = (float)(-h / n * one[c] * one[c]);
+                level[c] = (float)(-a / n * one[c] - h / n * one[c] * less[c]);
             }
         }
-        for (long c = 0; c < C; c++) {
-            dbias[b * C + c] = totals[c];
-            dweight[b * C + c] = totals[C + c];
-        }
-        if (inner == 1) {
-            gradient(image, out, factor, slope, level, moved, 0, s.P, C);
-        } else {
-#pragma omp parallel num_threads(inner)
-            {
-                long n = omp_get_num_threads(), i = omp_get_thread_num();
-                float part[C];
-                memset(part, 0, sizeof part);
-                gradient(image, out, factor, slope, level, part, s.P * i / n, s.P * (i + 1) / n, C);
-#pragma omp for ordered schedule(static, 1)
-                for (long k = 0; k < n; k++) {
-#pragma omp ordered
-                    for (long c = 0; c < C; c++) moved[c] += part[c];
-                }
-            }
-        }
+        memcpy(dbias + b * C, totals, C * sizeof(float));
+        memcpy(dweight + b * C, totals + C, C * sizeof(float));
+        pixels(s, inner, moved, C, [&](float *part, long from, long to) {
+            gradient(image, out, factor, along, level, part, from, to, C);
+        });
         if (dpre) memcpy(dpre + b * C, moved, sizeof moved);
+    });
+}
+
+// Sums over pixels [from, to) of du = dx + dpre and of hat du, per channel. No dx is a dx of zeros.
+template <class T>
+void changes(const T *dx, const T *x, const float *dpre, const float *one, const float *less, float *s1, float *s2,
+             long from, long to, long C) {
+    for (long p = from; p < to; p++) {
+        channels(C, [=](long c, auto lanes) {
+            Floats d = load(dpre + c, lanes);
+            if (dx) d += load(dx + p * C + c, lanes);
+            add(s1 + c, d, lanes);
+            add(s2 + c, d * (load(one + c, lanes) * load(x + p * C + c, lanes) + load(less + c, lanes)), lanes);
+        });
+    }
+}
+
+// dz = factor dx + along x + level, and dy from it.
+template <class T>
+void follow(const Shape s, const T *dx, const T *x, T *dy, const float *factor, const float *offset, const float *along,
+            const float *level, uint32_t key, long from, long to) {
+    const long C = s.C;
+    for (long p = from; p < to; p++) {
+        channels(C, [=](long c, auto lanes) {
+            Floats value = load(x + p * C + c, lanes), f = load(factor + c, lanes);
+            Floats d = load(along + c, lanes) * value + load(level + c, lanes);
+            if (dx) d += f * load(dx + p * C + c, lanes);
+            if (s.silu) d *= slope<T>(f * value + load(offset + c, lanes));
+            if (s.threshold) d = kept(s, d, (uint32_t)(p * C + c), key);
+            store(dy + p * C + c, d, lanes);
+        });
+    }
+}
+
+// The change dy of y while x, pre, weight and bias change by dx, dpre, dweight and dbias, any of which may be missing:
+//
+//     dhat = (du - mean(du) - hat mean(hat du)) rstd;  dz = weight dhat + dweight hat + dbias
+template <class T>
+void tangent(const Shape &s, const T *dx, const T *x, const float *pre, const float *weight, const float *bias,
+             const uint32_t *keys, const float *mean, const float *rstd, const float *dpre, const float *dweight,
+             const float *dbias, T *dy, int threads) {
+    const long C = s.C, size = s.P * C, width = C / s.G;
+    each(s, threads, [&](long b, int inner) {
+        float factor[C], offset[C], one[C], less[C], along[C], level[C], shift[C], totals[2 * C];
+        known(s, b, pre, weight, bias, mean, rstd, factor, offset, one, less);
+        memset(totals, 0, sizeof totals);
+        for (long c = 0; c < C; c++) shift[c] = dpre ? dpre[b * C + c] : 0.0f;
+        const T *image = x + b * size, *moved = dx ? dx + b * size : nullptr;
+        pixels(s, inner, totals, 2 * C, [&](float *part, long from, long to) {
+            changes(moved, image, shift, one, less, part, part + C, from, to, C);
+        });
+        for (long g = 0; g < s.G; g++) {
+            double a = 0, h = 0, n = (double)s.P * width;
+            for (long c = g * width; c < (g + 1) * width; c++) {
+                a += totals[c];
+                h += totals[C + c];
+            }
+            for (long c = g * width; c < (g + 1) * width; c++) {
+                double hat = (dweight ? dweight[b * C + c] : 0.0f) - factor[c] * h / n;
+                along[c] = (float)(hat * one[c]);
+                level[c] = (float)((dbias ? dbias[b * C + c] : 0.0f) + factor[c] * (shift[c] - a / n) + hat * less[c]);
+            }
+        }
+        pixels(s, inner, nullptr, 0, [&](float *, long from, long to) {
+            follow(s, moved, image, dy + b * size, factor, offset, along, level, keys ? keys[b] : 0, from, to);
+        });
     });
 }
 
@@ -413,5 +440,18 @@ void norm_backward(int half, const void *dy, const void *x, const float *pre, co
     else
         backward(s, (const float *)dy, (const float *)x, pre, weight, bias, keys, mean, rstd, (float *)dx, dpre, dweight,
                  dbias, threads);
+}
+
+void norm_tangent(int half, const void *dx, const void *x, const float *pre, const float *weight, const float *bias,
+                  const uint32_t *keys, const float *mean, const float *rstd, const float *dpre, const float *dweight,
+                  const float *dbias, void *dy, long B, long P, long C, long G, float eps, int silu, uint32_t threshold,
+                  float grown, int threads) {
+    Shape s = {B, P, C, G, eps, silu, threshold, grown};
+    if (half)
+        tangent(s, (const bf16 *)dx, (const bf16 *)x, pre, weight, bias, keys, mean, rstd, dpre, dweight, dbias,
+                (bf16 *)dy, threads);
+    else
+        tangent(s, (const float *)dx, (const float *)x, pre, weight, bias, keys, mean, rstd, dpre, dweight, dbias,
+                (float *)dy, threads);
 }
 }

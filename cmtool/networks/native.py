@@ -129,6 +129,27 @@ def backward(
     return dx, dpre, dweight, dbias
 
 
+def tangent(
+    dx: Tensor | None,
+    x: Tensor,
+    pre: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    keys: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shape: Shape,
+    *changes: Tensor | None,
+) -> Tensor:
+    """The change of the result along dx and `changes` of pre, weight and bias; None for what does not change."""
+    x = _laid_out(x)
+    dx = None if dx is None else _laid_out(dx.to(x.dtype))
+    dy = torch.empty_like(x)
+    known = (*_rows(pre, weight, bias), words(keys), mean, rstd)
+    _call("norm_tangent", x, (dx, x, *known, *_rows(*changes), dy), shape)
+    return dy
+
+
 def _new(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2])
 
@@ -166,7 +187,7 @@ def library() -> ctypes.CDLL | None:
     if lib is not None:
         address, number = ctypes.c_void_p, ctypes.c_long
         rest = [*[number] * 4, ctypes.c_float, ctypes.c_int, ctypes.c_uint32, ctypes.c_float, ctypes.c_int]
-        for name, count in (("norm_forward", 8), ("norm_backward", 12)):
+        for name, count in (("norm_forward", 8), ("norm_backward", 12), ("norm_tangent", 12)):
             function = getattr(lib, name)
             function.argtypes = [ctypes.c_int, *[address] * count, *rest]
             function.restype = None

@@ -21,6 +21,7 @@ from cmtool.networks.layers import (
     Recomputed,
     Resample,
     attend,
+    convolve,
     look_up,
     noise_features,
     normed,
@@ -337,7 +338,7 @@ class Attention(Recomputed):
     def forward(self, x: Tensor) -> Tensor:
         parts = (self.to_q, self.to_k, self.to_v)
         weight = torch.cat([part.weight for part in parts]).to(x.dtype)[:, :, None, None]
-        qkv = F.conv2d(
+        qkv = convolve(
             x if self.group_norm is None else self.group_norm(x),
             weight,
             torch.cat([part.bias for part in parts]).to(x.dtype),

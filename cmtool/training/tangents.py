@@ -9,6 +9,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cmtool.flow.flow_map import FlowMap
@@ -19,16 +20,21 @@ from cmtool.flow.path import Path
 
 
 def along(ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-    """ask(x, t) and its total derivative d/dt while dx/dt = velocity: one forward-mode pass, no graph of the caller's.
+    """ask(x, t) and its total derivative d/dt while dx/dt = velocity: one forward-mode pass.
 
     Args:
         ask: of (x [B, ...], t [B]) to a tensor.
         velocity: shape of `x`.
     """
+    one = torch.ones_like(t)
     # The fused attention kernels have no forward-mode derivative, and compiled code has none.
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        done: Any = torch.func.jvp(ask, (x, t), (velocity, torch.ones_like(t)))
-    return done[0], done[1]
+        if torch.is_grad_enabled():  # the derivative will be differentiated, which only torch.func's can be everywhere
+            done: Any = torch.func.jvp(ask, (x, t), (velocity, one))
+            return done[0], done[1]
+        with forward_ad.dual_level():  # plain tensors, which compiled passes take
+            value, change = forward_ad.unpack_dual(ask(forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, one)))
+            return value, torch.zeros_like(value) if change is None else change
 
 
 def coefficients_along(model: FlowMap, t: Tensor, s: Tensor) -> tuple[Coefficients, Coefficients]:
