@@ -132,6 +132,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, _, *ctx.place = inputs
+        ctx.shape = output.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
@@ -151,7 +152,7 @@ class _Convolve(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         terms = [] if dx is None else [F.conv2d(dx, weight, None, *ctx.place)]
         terms += [] if dweight is None else [F.conv2d(x, dweight, None, *ctx.place)]
-        terms += [] if dbias is None else [dbias[:, None, None]]
+        terms += [] if dbias is None else [dbias[:, None, None].expand(ctx.shape)]
         change: Any = sum(terms[1:], start=terms[0])
         return change
 
@@ -472,8 +473,34 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
         qkv = qkv.to(torch.promote_types(dtype, torch.float32))
     pixels = qkv.permute(0, 2, 3, 1).reshape(batch, height * width, 3, num_heads, -1)
     q, k, v = (part.transpose(1, 2) for part in pixels.unbind(2))
-    out = F.scaled_dot_product_attention(q, k, v)
+    if derived() and not torch.is_grad_enabled():
+        out = _Attend.apply(q, k, v)[0]
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(dtype)
+
+
+class _Attend(torch.autograd.Function):
+    """Attention with its forward-mode derivative, for when nothing else is wanted of it: [B, heads, pixels, D] each."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        shares = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
+        return shares @ v, shares
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_forward(*inputs, output[1])
+
+    @staticmethod
+    def jvp(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None]:
+        q, k, v, shares = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        change = (dq * scale) @ k.transpose(-2, -1) + q * scale @ dk.transpose(-2, -1)
+        # softmax has a symmetric Jacobian: its derivative forwards is the one backwards.
+        change = torch._softmax_backward_data(change, shares, -1, shares.dtype)
+        return change @ v + shares @ dv, None
 
 
 class Recomputed(nn.Module):

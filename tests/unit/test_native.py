@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from cmtool import compiled
 from cmtool.networks import native
@@ -79,6 +80,38 @@ def test_any_processor_gets_the_same_numbers(monkeypatch, dtype, narrower):
     found = native.forward(*given[:6])[0]
     assert torch.equal(found == 0, expected == 0)
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@available
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("batch", "channels", "side", "threads"), [(2, 16, 4, 1), (5, 36, 3, 2), (1, 64, 7, 3)])
+@pytest.mark.parametrize("which", range(1, 16))
+def test_what_follows_a_change(monkeypatch, batch, channels, side, threads, dtype, tolerance, which):
+    """Along x, what is added to it, the weight and the bias: any of them, against torch in float64."""
+    *values, keys, how, _ = inputs(batch, channels, side, dtype, added=True, dropout=0.3, silu=True)
+    changes = [torch.randn_like(value) if which >> index & 1 else None for index, value in enumerate(values)]
+    made, tangent = [], native.tangent
+    monkeypatch.setattr(native, "tangent", lambda *given: (made.append(1), tangent(*given))[1])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad(), forward_ad.dual_level():
+            moved = [
+                value if change is None else forward_ad.make_dual(value, change)
+                for value, change in zip(values, changes, strict=True)
+            ]
+            found = forward_ad.unpack_dual(_Normalise.apply(*moved, keys, how)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert made
+    wide = tuple(value.double() for value in values)
+    along = tuple(
+        torch.zeros_like(value) if change is None else change.double()
+        for value, change in zip(wide, changes, strict=True)
+    )
+    _, expected = torch.func.jvp(lambda *given: _normalise(*given, keys, how), wide, along)
+    assert found.tangent.dtype == dtype
+    assert (found.tangent.double() - expected).norm() < tolerance * expected.norm()
 
 
 @available

@@ -241,6 +241,68 @@ def test_forward_mode_derivative_in_single_precision(config, math_attention):
 
 @every_network
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("which", [(0, 1, 2), (0,), (1,)], ids=["all", "x", "noise"])
+def test_forward_mode_derivative_and_nothing_more(monkeypatch, config, training, which):
+    """Without a gradient other ways are faster, and need no care about attention: the numbers are the same."""
+    _, run, inputs, directions = line(config, training=training)
+    with sdpa_kernel(SDPBackend.MATH):
+        out, expected = torch.func.jvp(
+            run, inputs, tuple(d if i in which else torch.zeros_like(d) for i, d in enumerate(directions))
+        )
+    _, run, _, _ = line(config, training=training, dtype=torch.float32)
+    calls, convolve = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **how: (calls.append(args), convolve(*args, **how))[1])
+    with torch.no_grad():
+        run(*(value.float() for value in inputs))
+    alone = len(calls)
+    with torch.no_grad(), forward_ad.dual_level():
+        moved = [
+            forward_ad.make_dual(value.float(), d.float()) if i in which else value.float()
+            for i, (value, d) in enumerate(zip(inputs, directions, strict=True))
+        ]
+        found = forward_ad.unpack_dual(run(*moved))
+    assert distance(found.primal, out) < 1e-5
+    assert distance(found.tangent, expected) < 1e-5
+    assert len(calls) - alone <= 2 * alone  # one for the values, one for their change
+
+
+def test_attention_and_its_change():
+    torch.manual_seed(0)
+    qkv, change = torch.randn(2, 24, 3, 2, dtype=torch.float64), torch.randn(2, 24, 3, 2, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        out, expected = torch.func.jvp(lambda x: attend(x, 2), (qkv,), (change,))
+    with torch.no_grad(), forward_ad.dual_level():
+        found = forward_ad.unpack_dual(attend(forward_ad.make_dual(qkv, change), 2))
+    torch.testing.assert_close(found.primal, out)
+    torch.testing.assert_close(found.tangent, expected)
+
+
+@pytest.mark.parametrize(("stride", "padding", "biased"), [((1, 1), (1, 1), True), ((2, 2), (0, 0), False)])
+def test_convolutions_and_their_derivatives(stride, padding, biased):
+    """Both ways, along any of the inputs, and twice."""
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(size, dtype=torch.float64).requires_grad_() for size in [(2, 3, 5, 4), (4, 3, 3, 3), (4,)]
+    )
+    run = lambda x, weight, *bias: layers._Convolve.apply(x, weight, *bias or (None,), stride, padding)  # noqa: E731
+    inputs = (x, weight, bias) if biased else (x, weight)
+    torch.testing.assert_close(run(*inputs), F.conv2d(*inputs, stride=stride, padding=padding))
+    assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+    directions = [torch.randn_like(value) for value in inputs]
+    for which in range(1, 2 ** len(inputs)):
+        given = tuple(d if which >> i & 1 else torch.zeros_like(d) for i, d in enumerate(directions))
+        _, expected = torch.func.jvp(lambda *a: F.conv2d(*a, stride=stride, padding=padding), inputs, given)
+        with torch.no_grad(), forward_ad.dual_level():
+            moved = [
+                forward_ad.make_dual(value.detach(), d) if which >> i & 1 else value
+                for i, (value, d) in enumerate(zip(inputs, directions, strict=True))
+            ]
+            torch.testing.assert_close(forward_ad.unpack_dual(run(*moved)).tangent, expected)
+
+
+@every_network
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_gradient_of_a_forward_mode_derivative(config, training, math_attention):
     """Reverse over forward, of the inputs and of every parameter, against a difference of two tangents."""
     network, run, inputs, directions = line(config, training=training)
