@@ -72,7 +72,7 @@ def read(place: str, workers: int, seconds: float) -> dict[str, float]:
     from cmtool.training.trainer import Order
 
     torch.set_num_threads(1)
-    before = peak_memory()
+    before, mapped_before = peak_memory(), status("RssFile")
     start = time.perf_counter()
     data = open_data(place, workers=workers)
     opened = time.perf_counter() - start
@@ -84,7 +84,7 @@ def read(place: str, workers: int, seconds: float) -> dict[str, float]:
     while time.perf_counter() - start < seconds:
         drawn += len(next(made)[0])
     speed = drawn / (time.perf_counter() - start)
-    peak = peak_memory()
+    peak, mapped = peak_memory(), status("RssFile")
     made.close()
     return {
         "images": len(data),
@@ -92,13 +92,21 @@ def read(place: str, workers: int, seconds: float) -> dict[str, float]:
         "open_s": round(opened, 2),
         "images_per_s": round(speed),
         "memory_mib": round((peak - before) / 2**20, 1),
+        "of_that_mapped_mib": round(
+            (mapped - mapped_before) / 2**20, 1
+        ),  # files that the system may drop and read again
     }
 
 
 def peak_memory() -> int:
     """The most memory this process has had so far, in bytes. (`getrusage` counts that of its parent, too.)"""
+    return status("VmHWM")
+
+
+def status(name: str) -> int:
+    """A number of bytes that the system keeps about this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
 def measured(place: Path, workers: int, seconds: float) -> dict[str, float]:

@@ -267,13 +267,14 @@ def _stored(opened: Source, plan: Plan, tally: _Tally, report: Report, workers: 
     kept = None if len(tally.kept) == len(opened.names) else np.asarray(tally.kept, np.int64)
     labels = None
     if opened.labels is not None:
-        every = torch.from_numpy(np.asarray(opened.labels, np.int64))
+        every = torch.from_numpy(np.asarray(opened.labels, np.int32))
         labels = every if kept is None else every[torch.from_numpy(kept)]
     unchanged = opened.packed is not None and (opened.packed["resolution"], opened.packed["channels"]) == (
         plan.resolution,
         plan.channels,
     )
-    print_ = opened.fingerprint if unchanged else stored_fingerprint(opened, plan, kept, labels)
+    wide = None if labels is None or unchanged else labels.long()
+    print_ = opened.fingerprint if unchanged else stored_fingerprint(opened, plan, kept, wide)
     return StoredDataset(Reader(opened, plan, kept, labels), opened.class_names, report, print_, workers)
 
 

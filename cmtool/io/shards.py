@@ -6,8 +6,8 @@ A folder that `pack` wrote:
     index.npy             where each image lies, its checksum and its label
     NNNNN.tar             WebDataset's form: KKKKKKKKKK.png, and KKKKKKKKKK.cls where there are labels
 
-Shards of others have no index: it is made of their headers each time. Only the index is held in memory, 24 bytes an
-image; of one's own it is mapped from the disk.
+Shards of others have no index: it is made of their headers each time and held in memory, 24 bytes an image. Of one's
+own only the labels are, 4 bytes each: an entry is read when its image is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,47 @@ INDEX_TYPE = np.dtype([("shard", "<u4"), ("label", "<i4"), ("offset", "<u8"), ("
 SHARD_IMAGES = 10_000
 _BLOCK = 512  # bytes: members of a tar begin on multiples of it
 _HINT = "make it again with cmtool data pack"
+_PIECE = 2**16  # entries of an index that are read at once
 _LABEL_LIMIT = 4096  # bytes of a member that gives a label
+
+
+class Index:
+    """The entries of an `index.npy`, of INDEX_TYPE, which stay in the file. Safe in threads and in forked processes.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(mapped, np.memmap) or mapped.dtype != INDEX_TYPE or mapped.ndim != 1:
+            raise ValueError(f"{path.name} is no index")
+        self._start, self._count = mapped.offset, len(mapped)
+        self._handle = os.open(path, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._read(number, 1)[0]
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """All entries, some at a time."""
+        for first in range(0, self._count, _PIECE):
+            yield self._read(first, min(_PIECE, self._count - first))
+
+    def _read(self, first: int, count: int) -> NDArray[Any]:
+        size = INDEX_TYPE.itemsize
+        found = os.pread(self._handle, count * size, self._start + first * size)
+        if len(found) < count * size:
+            raise OSError(f"the index ends before entry {first + count:,}")
+        return np.frombuffer(found, INDEX_TYPE)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
 
 
 class Shards:
@@ -49,9 +89,19 @@ class Shards:
         paths: the tar files. index: of INDEX_TYPE, one entry an image. checked: the entries have checksums.
     """
 
-    def __init__(self, paths: Sequence[Path], index: NDArray[Any], *, checked: bool) -> None:
+    labels: NDArray[np.int32] | None
+    """One an image, or None."""
+
+    def __init__(self, paths: Sequence[Path], index: NDArray[Any] | Index, *, checked: bool) -> None:
         self.paths, self.index, self.checked = tuple(paths), index, checked
         self._handles: dict[int, int] = {}
+        self.labels = np.empty(len(index), np.int32) if len(index) and index[0]["label"] >= 0 else None
+        if self.labels is not None:
+            for number, piece in enumerate(self._pieces()):
+                self.labels[number * _PIECE : number * _PIECE + len(piece)] = piece["label"]
+
+    def _pieces(self) -> Iterator[NDArray[Any]]:
+        return self.index.pieces() if isinstance(self.index, Index) else iter([self.index])
 
     def __len__(self) -> int:
         return len(self.index)
@@ -66,10 +116,16 @@ class Shards:
 
     def name(self, number: int) -> str:
         """What to call an image in messages."""
-        return f"{self.paths[self.index[number]['shard']].name}, image {number:,}"
+        return f"{self.paths[self._entry(number)['shard']].name}, image {number:,}"
+
+    def _entry(self, number: int) -> Any:
+        try:
+            return self.index[number]
+        except OSError as error:
+            raise UnreadableImageError(f"image {number:,}", "its index is cut off", _HINT) from error
 
     def _bytes(self, number: int) -> bytes:
-        entry, name = self.index[number], self.name(number)
+        entry, name = self._entry(number), self.name(number)
         shard, size = int(entry["shard"]), int(entry["size"])
         if size > MAX_BYTES:
             raise UnreadableImageError(name, f"more than {MAX_BYTES >> 20} MiB", "leave it out")
@@ -96,15 +152,12 @@ class Shards:
         return _Names(self)
 
     @property
-    def labels(self) -> NDArray[np.int32] | None:
-        """One an image, or None."""
-        labels = self.index["label"]
-        return None if len(labels) and labels[0] < 0 else labels
-
-    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of what is known without reading the images: their number, places, sizes and labels."""
-        return hashlib.sha256(np.ascontiguousarray(self.index).tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256()
+        for piece in self._pieces():
+            digest.update(piece.tobytes())
+        return digest.hexdigest()[:16]
 
 
 class _Names(Sequence[str]):
@@ -134,16 +187,15 @@ def read_packed(folder: Path) -> tuple[dict[str, Any], Shards]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+        index = Index(folder / INDEX)
         stored = manifest["shards"]
         paths = [folder / Path(shard["file"]).name for shard in stored]
         sizes = [int(shard["bytes"]) for shard in stored]
         fine = (
             manifest["format"] == FORMAT
             and manifest["version"] == VERSION
-            and index.dtype == INDEX_TYPE
             and len(index) == manifest["count"] > 0
-            and int(index["shard"].max()) < len(paths)
+            and max(int(piece["shard"].max()) for piece in index.pieces()) < len(paths)
             and isinstance(manifest["fingerprint"], str)
             and isinstance(manifest["class_names"], list)
             and all(type(manifest[name]) is int and manifest[name] > 0 for name in ("resolution", "channels"))

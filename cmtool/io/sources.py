@@ -27,6 +27,7 @@ from cmtool.io.images import open_image as open_encoded
 
 EMBEDDED = {"digits" if part == "all" else f"digits:{part}": part for part in PARTS}
 MAX_CLASSES = 100_000
+_PIECE = 2**16  # labels that are looked at at once
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "arr_0", "data"), ("labels", "y", "arr_1")
 _LABELS_FILE = "dataset.json"
 _LABELS_HINT = 'the form is {"labels": [["folder/image.png", 0], ...]}, or null for no labels'
@@ -76,7 +77,10 @@ class Source:
         if self.labels is None:
             return {}
         labels = np.asarray(self.labels)
-        counts = np.bincount(labels if len(kept) == len(labels) else labels[kept], minlength=len(self.class_names))
+        chosen = labels if len(kept) == len(labels) else labels[kept]
+        counts = np.zeros(len(self.class_names), np.int64)
+        for first in range(0, len(chosen), _PIECE):  # numpy counts a copy
+            counts += np.bincount(chosen[first : first + _PIECE], minlength=len(counts))
         return {name: int(counts[label]) for label, name in enumerate(self.class_names)}
 
 

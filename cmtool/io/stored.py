@@ -46,6 +46,7 @@ class Reader(TorchDataset[Any]):
 
     Args:
         chosen: which of its images are used; None is all.
+        labels: of those used, int32 [N]: there may be very many.
     """
 
     def __init__(self, source: Source, plan: Plan, chosen: NDArray[np.int64] | None, labels: Tensor | None) -> None:
@@ -73,7 +74,7 @@ class Reader(TorchDataset[Any]):
                 pixels[place] = self.read(number)
         except UnreadableImageError as error:
             return Failure(f"{error.name} cannot be used any more: {error.reason}", error.hint or "mend or replace it")
-        return torch.from_numpy(pixels), None if self.labels is None else self.labels[indices]
+        return torch.from_numpy(pixels), None if self.labels is None else self.labels[indices].long()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +98,12 @@ class StoredDataset:
 
     @property
     def labels(self) -> Tensor | None:
-        return self.reader.labels
+        return None if self.reader.labels is None else self.reader.labels.long()
 
     @property
     def highest_label(self) -> int | None:
         """None without labels."""
-        return None if self.labels is None else int(self.labels.max())
+        return None if self.reader.labels is None else int(self.reader.labels.max())
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """The images at `indices` (int64 [B]), uint8 [B, C, H, H], and their labels, int64 [B] or None.

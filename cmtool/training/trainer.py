@@ -90,7 +90,7 @@ class Order:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+        self._epoch, self._permutation = -1, torch.empty(0)
 
     def indices(self, position: int, count: int) -> Tensor:
         """The `count` indices that follow after `position` samples; int64."""
@@ -99,8 +99,9 @@ class Order:
             epoch, offset = divmod(position, self.size)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(rng.derive(self.seed, 1, epoch))
-                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator)
-            part = self._permutation[offset : offset + count]
+                small = torch.int32 if self.size < 2**31 else torch.int64  # half the memory for the same order
+                self._epoch, self._permutation = epoch, torch.randperm(self.size, generator=generator, dtype=small)
+            part = self._permutation[offset : offset + count].long()
             parts.append(part)
             position, count = position + len(part), count - len(part)
         return torch.cat(parts)

@@ -190,6 +190,24 @@ class TestDamage:
         with pytest.raises(DataError, match=r"damaged|is missing|bytes instead of|do not fit together"):
             open_data(packed)
 
+    def test_an_index_that_is_cut_off_meanwhile(self, packed):
+        """Its entries are read when they are needed, so that a million of them take no memory."""
+        found = open_data(packed)
+        with (packed / "index.npy").open("r+b") as file:
+            file.truncate((packed / "index.npy").stat().st_size - 1)
+        found.batch(torch.tensor([4]))
+        with pytest.raises(DataError, match="image 5 cannot be used any more: its index is cut off"):
+            found.batch(torch.tensor([5]))
+
+    def test_the_index_is_that_of_numpy(self, packed):
+        index, expected = shards.Index(packed / "index.npy"), np.load(packed / "index.npy")
+        assert len(index) == 6
+        assert np.array_equal(np.concatenate(list(index.pieces())), expected)
+        assert [index[number] for number in range(6)] == list(expected)
+        for number in (-1, 6):
+            with pytest.raises(IndexError):
+                index[number]
+
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
     def test_any_manifest_is_an_error_or_right(self, data, tmp_path_factory):
