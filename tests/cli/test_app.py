@@ -256,3 +256,34 @@ def test_a_narrow_encoding_does_not_break_output():
     )
     assert done.returncode == 0, done.stderr
     assert "caf? ?" in done.stdout
+
+
+_BUSY = """
+import atexit, threading, time, torch
+import cmtool.__main__ as entry
+import cmtool.cli.app as app
+
+def work():
+    while True:
+        kept = [torch.ones(64, 64) @ torch.ones(64, 64) for _ in range(100)]
+        del kept
+
+def main():
+    for _ in range(4):
+        threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.2)
+    print("answer")
+    return 75
+
+app.main = main
+atexit.register(print, "farewell")
+entry.run()
+"""
+
+
+def test_threads_inside_torch_do_not_break_the_end():
+    """Python stops them where they are, which C++ takes for a fatal error."""
+    run = subprocess.run(
+        [sys.executable, "-c", _BUSY], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (75, "answer\nfarewell\n", "")
