@@ -273,8 +273,7 @@ def _stored(opened: Source, plan: Plan, tally: _Tally, report: Report, workers: 
         plan.resolution,
         plan.channels,
     )
-    wide = None if labels is None or unchanged else labels.long()
-    print_ = opened.fingerprint if unchanged else stored_fingerprint(opened, plan, kept, wide)
+    print_ = opened.fingerprint if unchanged else stored_fingerprint(opened, plan, kept, labels)
     return StoredDataset(Reader(opened, plan, kept, labels), opened.class_names, report, print_, workers)
 
 

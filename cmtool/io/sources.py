@@ -360,7 +360,7 @@ class Streamed:
     def _source(self, names: Sequence[str], opener: Callable[[int], Image.Image], labels: Any) -> Source:
         known = self._stream.class_names
         if labels is not None and not known:
-            known = tuple(str(number) for number in range(max(self._labels, default=0) + 1))
+            known = _numbered_classes(self._labels or [0], repr(self.name))
         return Source(self.name, "table", names, opener, labels, known)
 
 

@@ -181,7 +181,7 @@ def fingerprint(source: Source, plan: Plan, chosen: NDArray[np.int64] | None, la
     if chosen is not None:
         digest.update(chosen.tobytes())
     if labels is not None:
-        digest.update(labels.contiguous().numpy().tobytes())
+        digest.update(labels.long().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -51,8 +51,8 @@ class Table:
         label = next((column for column in _LABELS if _is_label(features.get(column))), None)
         self.labels = None if label is None else np.asarray(self._rows.with_format("numpy")[label][:], np.int64)
         self.class_names = tuple(getattr(features[label], "names", None) or ()) if label else ()
-        if self.labels is not None and self.labels.min(initial=0) < 0:
-            raise DataError(f"{name!r} has rows without a label (-1)", "name a split that has labels")
+        if self.labels is not None:
+            _check_labels(self.labels.min(initial=0), self.labels.max(initial=0), self.class_names, name)
         self._rows = self._rows.select_columns([self._column]).with_format("arrow")
         self.ignored = 0
 
@@ -163,8 +163,8 @@ class Stream:
                 if isinstance(cell, dict):
                     cell = cell.get("bytes") or (_from_file(cell["path"], name) if _is_file(cell.get("path")) else None)
                 label = None if self._label is None else int(row[self._label])
-                if label is not None and label < 0:
-                    raise DataError(f"{self.name!r} has rows without a label (-1)", "name a split that has labels")
+                if label is not None:
+                    _check_labels(label, label, self.class_names, self.name)
                 yield Row(name, cell, label)
         except (DataError, GeneratorExit):
             raise
@@ -256,6 +256,15 @@ def _holds_bytes(kind: Any) -> bool:
     if isinstance(kind, dict):
         return "bytes" in kind
     return getattr(kind, "dtype", "") in ("binary", "large_binary")
+
+
+def _check_labels(lowest: int, highest: int, class_names: Sequence[str], name: str) -> None:
+    """Refuse labels that are no classes."""
+    if lowest < 0:
+        raise DataError(f"{name!r} has rows without a label (-1)", "name a split that has labels")
+    if class_names and highest >= len(class_names):
+        message = f"{name!r} has label {highest} and {len(class_names)} classes"
+        raise DataError(message, "mend its labels, or the names of its classes")
 
 
 def _is_label(kind: Any) -> bool:

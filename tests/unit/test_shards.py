@@ -415,6 +415,27 @@ class TestTables:
             pack(tmp_path / "bad.parquet", tmp_path / "packed", stream=True)
         assert not (tmp_path / "packed").exists()
 
+    @pytest.mark.parametrize("label", [7, 2**31, 2**32])
+    def test_a_label_that_is_no_class(self, tmp_path, rows, label):
+        """The column says that there are two classes, and parquet believes it."""
+        from pyarrow import array, parquet
+
+        rows[1].to_parquet(tmp_path / "t.parquet")
+        table = parquet.read_table(tmp_path / "t.parquet")
+        place = table.column_names.index("label")
+        table = table.set_column(place, table.schema.field("label"), array([0, 1, 1, 0, label]))
+        parquet.write_table(table, tmp_path / "bad.parquet")
+        for use in (open_data, inspect_data, lambda place: pack(place, tmp_path / "packed", stream=True)):
+            with pytest.raises(DataError, match=f"has label {label} and 2 classes"):
+                use(tmp_path / "bad.parquet")
+        assert not (tmp_path / "packed").exists()
+
+    def test_a_stream_without_end_of_classes(self, tmp_path, rows):
+        table = {"image": [encode(rows[0][0])], "label": [2**32]}
+        self.datasets.Dataset.from_dict(table).to_parquet(tmp_path / "t.parquet")
+        with pytest.raises(DataError, match="has labels from 4294967296 to 4294967296"):
+            pack(tmp_path / "t.parquet", tmp_path / "packed", stream=True)
+
     def test_a_table_without_images(self, tmp_path, rows):
         rows[1].remove_columns("image").to_parquet(tmp_path / "t.parquet")
         with pytest.raises(DataError, match="no column of images, only label, n"):
