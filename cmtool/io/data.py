@@ -196,8 +196,8 @@ def open_data(
         [N, H, W], [N, H, W, C] or [N, C, H, W].
         A folder that `cmtool data pack` wrote; a `.tar`, a folder of them or `data-{000..041}.tar` (WebDataset);
         `.parquet` and `.arrow` files, folders of them, data sets saved by Hugging Face's `datasets`,
-        `hf:owner/name[:split]` from the hub. These stay where they are, and so does a folder or an `.npy` too large for
-        the memory.
+        `hf:owner/name[@revision][:[subset/]split]` from the hub. These stay where they are, and so does a folder or an
+        `.npy` too large for the memory.
         An `.npz` that `cmtool pairs` wrote (`io/pairs.py`): images with the noise that each was solved from. They are
         taken as they are, for an image that is cut or resized no longer belongs to its noise.
 

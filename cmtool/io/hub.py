@@ -15,7 +15,7 @@ Progress = Callable[[int, int | None], None]  # bytes there so far, bytes in all
 
 MARK = "hf:"  # how such a source begins
 _FORM = f"write {MARK}owner/name[@revision][:file]"
-_TIMEOUT = 10.0  # seconds for the one question that comes first
+TIMEOUT = 10.0  # seconds for the one question that comes first
 _FOLDER_FILES = (
     *("model_index.json", "config.json", "README.md", "unet/config.json"),
     *("scheduler/scheduler_config.json", "scheduler_config.json"),  # the first pipelines had all in one folder
@@ -119,7 +119,7 @@ def _cached(hub: Any, repository: _Repository) -> Path | None:
 
 def _download(hub: Any, repository: _Repository, text: str, progress: Progress | None) -> Path:
     # One question first, without the retries of a download: it fails at once where there is no connection.
-    info = hub.HfApi().model_info(repository.name, revision=repository.revision, timeout=_TIMEOUT, files_metadata=True)
+    info = hub.HfApi().model_info(repository.name, revision=repository.revision, timeout=TIMEOUT, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     wanted = repository.wanted(sizes)
     if not wanted and repository.file is not None:
@@ -160,21 +160,31 @@ def _bar(hub: Any, progress: Progress | None, total: int) -> type:
     return Bar
 
 
+def explained(error: Exception, name: str, revision: str | None, what: str) -> tuple[str, str] | None:
+    """What the Hub said of a repository, and what to do; None if it was not the Hub that said something.
+
+    Args:
+        what: a word for what the repository holds.
+    """
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        message = f"{name} is given only to those who have agreed to its terms"
+        return message, "agree on its page on the Hub, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        message = f"the Hub has no {what} {name}, or shows it to its owner only"
+        return message, "check the name; `hf auth login` opens what is yours"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{name} has no revision {revision}", "leave out @revision for the newest"
+    if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+        code = getattr(getattr(error, "response", None), "status_code", "an error")
+        return f"cannot download {MARK}{name}: the Hub answered {code}", "try again later"
+    return None
+
+
 def _explained(hub: Any, error: Exception, repository: _Repository, text: str) -> CheckpointError:
     """What the Hub said, in two lines."""
     errors, name = hub.errors, repository.name
-    if isinstance(error, errors.GatedRepoError):
-        return CheckpointError(
-            f"{name} is given only to those who have agreed to its terms",
-            "agree on its page on the Hub, then log in with `hf auth login`",
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return CheckpointError(
-            f"the Hub has no model {name}, or shows it to its owner only",
-            "check the name; `hf auth login` opens what is yours",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return CheckpointError(f"{name} has no revision {repository.revision}", "leave out @revision for the newest")
     if isinstance(error, errors.LocalEntryNotFoundError):
         return CheckpointError(
             f"cannot download {text}: the connection broke", "try again, or download it by hand and give its path"
@@ -183,9 +193,8 @@ def _explained(hub: Any, error: Exception, repository: _Repository, text: str) -
         return CheckpointError(f"{name} has no file {repository.file}", "check the name of the file")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{text!r} names nothing on the Hub", _FORM)
-    if isinstance(error, errors.HfHubHTTPError):
-        code = getattr(getattr(error, "response", None), "status_code", "an error")
-        return CheckpointError(f"cannot download {text}: the Hub answered {code}", "try again later")
+    if said := explained(error, name, repository.revision, "model"):
+        return CheckpointError(*said)
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
         return CheckpointError(
             f"cannot keep {text}: {error.strerror or error}", "check the folder that HF_HOME names, and its free space"

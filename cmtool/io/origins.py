@@ -83,7 +83,7 @@ def resolve(
         DependencyError: `hf:` without huggingface_hub.
     """
     text = os.fspath(source)
-    offline = _offline() if offline is None else offline
+    offline = kept_offline() if offline is None else offline
     if isinstance(source, str):
         if text.startswith(hub.MARK):
             path = hub.fetch(text, offline, progress)
@@ -132,7 +132,8 @@ def checksum(file: Path) -> str | None:
         return None
 
 
-def _offline() -> bool:
+def kept_offline() -> bool:
+    """Whether $CMTOOL_OFFLINE or $HF_HUB_OFFLINE keeps everything off the network."""
     names = ("CMTOOL_OFFLINE", "HF_HUB_OFFLINE")
     return any(os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on") for name in names)
 

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from cmtool.errors import DataError, DependencyError
+from cmtool.io import hub_tables
 from cmtool.io.images import UnreadableImageError, open_image
 
-HUB = "hf:"
+HUB = hub_tables.MARK
 FILES = (".parquet", ".arrow")
 _SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")
 _IMAGES, _LABELS = ("image", "img", "images", "jpg", "png", "webp"), ("label", "labels", "cls", "class", "fine_label")
@@ -219,8 +220,7 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 def _read(datasets: Any, name: str, stream: bool) -> Any:
     if name.startswith(HUB):
-        repository, _, split = name.removeprefix(HUB).partition(":")
-        return datasets.load_dataset(repository, split=split or "train", streaming=stream)
+        return hub_tables.load(datasets, name, stream=stream)
     path = Path(name)
     saved = path.is_dir() and any((path / file).is_file() for file in _SAVED)
     files = _files(path) if path.is_dir() else [name]

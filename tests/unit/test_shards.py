@@ -352,22 +352,12 @@ class TestTables:
         pack(tmp_path / "t.parquet", tmp_path / "packed")
         assert torch.equal(open_data(tmp_path / "packed").pictures, open_data(tmp_path / "t.parquet").pictures)
 
-    @pytest.mark.parametrize("form", ["parquet", "saved", "hub"])
+    @pytest.mark.parametrize("form", ["parquet", "saved"])
     def test_a_stream_is_packed_as_it_comes(self, tmp_path, rows, form, monkeypatch):
         monkeypatch.setattr(sources, "_STREAMED", 2)
         rows[1].to_parquet(tmp_path / "t.parquet")
         rows[1].save_to_disk(tmp_path / "t")
-        place = {"parquet": tmp_path / "t.parquet", "saved": tmp_path / "t", "hub": "hf:some/pictures:test"}[form]
-        if form == "hub":
-            read = self.datasets.load_dataset
-
-            def load(name, *, split, streaming=False, data_files=None):
-                if name == "parquet":
-                    return read(name, data_files=data_files, split=split, streaming=streaming)
-                assert (name, split, streaming) == ("some/pictures", "test", True)
-                return read("parquet", data_files=[str(tmp_path / "t.parquet")], split="train", streaming=True)
-
-            monkeypatch.setattr(self.datasets, "load_dataset", load)
+        place = {"parquet": tmp_path / "t.parquet", "saved": tmp_path / "t"}[form]
         report = pack(place, tmp_path / "packed", stream=True, shard_images=2)
         pack(tmp_path / "t.parquet", tmp_path / "other")
         found, other = open_data(tmp_path / "packed"), open_data(tmp_path / "other")
