@@ -160,26 +160,32 @@ def _bar(hub: Any, progress: Progress | None, total: int) -> type:
     return Bar
 
 
-def explained(error: Exception, name: str, revision: str | None, what: str) -> tuple[str, str] | None:
+def explained(error: Exception, text: str, name: str, revision: str | None, what: str) -> tuple[str, str] | None:
     """What the Hub said of a repository, and what to do; None if it was not the Hub that said something.
 
     Args:
+        text: what the user wrote.
         what: a word for what the repository holds.
     """
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
-        message = f"{name} is given only to those who have agreed to its terms"
-        return message, "agree on its page on the Hub, then log in with `hf auth login`"
+        return gated(name)
     if isinstance(error, errors.RepositoryNotFoundError):
         message = f"the Hub has no {what} {name}, or shows it to its owner only"
         return message, "check the name; `hf auth login` opens what is yours"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name} has no revision {revision}", "leave out @revision for the newest"
-    if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+    if isinstance(error, errors.HfHubHTTPError):
         code = getattr(getattr(error, "response", None), "status_code", "an error")
-        return f"cannot download {MARK}{name}: the Hub answered {code}", "try again later"
+        return f"cannot download {text}: the Hub answered {code}", "try again later"
     return None
+
+
+def gated(name: str) -> tuple[str, str]:
+    """What to say of a repository that is listed, and not given."""
+    message = f"{name} is given only to those who have agreed to its terms"
+    return message, "agree on its page on the Hub, then log in with `hf auth login`"
 
 
 def _explained(hub: Any, error: Exception, repository: _Repository, text: str) -> CheckpointError:
@@ -193,7 +199,7 @@ def _explained(hub: Any, error: Exception, repository: _Repository, text: str) -
         return CheckpointError(f"{name} has no file {repository.file}", "check the name of the file")
     if isinstance(error, errors.HFValidationError):
         return CheckpointError(f"{text!r} names nothing on the Hub", _FORM)
-    if said := explained(error, name, repository.revision, "model"):
+    if said := explained(error, text, name, repository.revision, "model"):
         return CheckpointError(*said)
     if isinstance(error, OSError) and not isinstance(error, (ConnectionError, TimeoutError)):
         return CheckpointError(

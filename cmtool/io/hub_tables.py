@@ -44,13 +44,15 @@ def load(datasets: Any, text: str, *, stream: bool) -> Any:
         text: `hf:owner/name[@revision][:[subset/]split]`; the split is train where none is named.
         stream: store nothing.
     Raises:
-        DataError: there is nothing of the name, or it cannot be had.
+        DataError: there is nothing of the name, or it cannot be had. Else what `datasets` raises.
     """
     place = _Place.of(text)
-    settings = datasets.config
-    settings.STREAMING_READ_MAX_RETRIES = settings.STREAMING_OPEN_MAX_RETRIES = _TRIES
-    settings.STREAMING_READ_RETRY_INTERVAL = settings.STREAMING_OPEN_RETRY_INTERVAL = _PAUSE
-    absent = "this is offline" if origins.kept_offline() else _asked(place, text)
+    if stream:
+        settings = datasets.config
+        settings.STREAMING_READ_MAX_RETRIES = settings.STREAMING_OPEN_MAX_RETRIES = _TRIES
+        settings.STREAMING_READ_RETRY_INTERVAL = settings.STREAMING_OPEN_RETRY_INTERVAL = _PAUSE
+    barred = origins.kept_offline() or datasets.config.HF_HUB_OFFLINE  # $HF_DATASETS_OFFLINE says it, too
+    absent = "this is offline" if barred else _asked(place, text)
     try:
         with _offline(datasets, absent is not None):
             return datasets.load_dataset(
@@ -62,7 +64,11 @@ def load(datasets: Any, text: str, *, stream: bool) -> Any:
                 f"cannot read {text!r}: {absent}, and it is not in the cache of datasets",
                 f"read it once while there is a connection: cmtool data inspect {text}",
             ) from error
-        raise _explained(datasets, error, place, text) from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):  # and yet it is there
+            raise DataError(*hub.gated(place.repository)) from error
+        if isinstance(error, ValueError):  # of what was named, not of the connection or the disk
+            raise _explained(datasets, error, place, text) from error
+        raise
 
 
 def _asked(place: _Place, text: str) -> str | None:
@@ -77,7 +83,7 @@ def _asked(place: _Place, text: str) -> str | None:
     except errors.HFValidationError as error:
         raise DataError(f"{text!r} names nothing on the Hub", _FORM) from error
     except Exception as error:  # the errors of its network library are not huggingface_hub's, and change with it
-        if said := hub.explained(error, place.repository, place.revision, "data set"):
+        if said := hub.explained(error, text, place.repository, place.revision, "data set"):
             raise DataError(*said) from error
         return f"no connection ({type(error).__name__})"
     return None
@@ -99,22 +105,15 @@ def _offline(datasets: Any, wanted: bool) -> Iterator[None]:
             place.HF_HUB_OFFLINE = own
 
 
-def _explained(datasets: Any, error: Exception, place: _Place, text: str) -> DataError:
-    """Why a repository that is there gives no rows."""
-    names: list[str] = []
-    if place.subset is None:
+def _explained(datasets: Any, error: ValueError, place: _Place, text: str) -> DataError:
+    """Why a repository has no such rows."""
+    reason = str(error).strip().split("\n")[0]
+    if place.subset is None and reason.startswith("Config name is missing"):
         names = datasets.get_dataset_config_names(place.repository, revision=place.revision)
-    if len(names) > 1:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         which = f"{place.split}/train" if place.split in names else f"{names[0]}/{place.split}"
         revision = f"@{place.revision}" if place.revision else ""
         return DataError(
             f"{place.repository} has the subsets {shown}", f"name one: {MARK}{place.repository}{revision}:{which}"
-        )
-    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-    if "gated" in reason:
-        return DataError(
-            f"{place.repository} is given only to those who have agreed to its terms",
-            "agree on its page on the Hub, then log in with `hf auth login`",
         )
     return DataError(f"cannot read {text!r}: {reason[:200]}", f"check what is named; {_FORM}")

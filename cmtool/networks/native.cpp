@@ -126,7 +126,7 @@ inline Floats sigmoid(Floats z) {
 // Three instructions do what takes a dozen above, none of them a division, as exactly as is enough here: within 6.4e-5.
 template <>
 inline Floats sigmoid<bf16>(Floats z) {
-    Floats x = z * -1.44269504f;
+    Floats x = limited(z, 87.0f) * -1.44269504f;
     Floats r = (Floats)_mm512_reduce_ps((__m512)x, 0);  // x without its nearest whole number
     Floats p = r * 9.5605102e-03f + 5.5917039e-02f;
     p = p * r + 2.4024981e-01f;

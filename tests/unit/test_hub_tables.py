@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -22,11 +21,10 @@ from PIL import Image
 from cmtool.errors import DataError
 from cmtool.io.data import open_data
 from cmtool.io.hub_tables import _Place
-from tests.unit.test_origins import serving
+from tests.unit.test_origins import COMMIT, oid, reply, serving
 
 datasets = pytest.importorskip("datasets")
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SUBSETS = """---
 configs:
 - config_name: small
@@ -60,10 +58,6 @@ def entries(files: dict[str, bytes], folder: str) -> list[dict]:
     return list(found.values())
 
 
-def oid(body: bytes) -> str:
-    return hashlib.sha1(body).hexdigest()
-
-
 @pytest.fixture
 def hub(tmp_path):
     """repositories: name -> {file: bytes}, or the Hub's code for an error; asked: what it was asked for."""
@@ -74,6 +68,7 @@ def hub(tmp_path):
     }
     asked: list[str] = []
     broken: set[str] = set()  # files whose connection breaks
+    listed: set[str] = set()  # repositories that are shown to everybody and given to some
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(handler.path).path)
@@ -84,13 +79,15 @@ def hub(tmp_path):
         place = "/".join(deeper)
         code, body, headers = 200, b"", {}
         if isinstance(files, str):
-            code, headers["X-Error-Code"] = (403 if files == "GatedRepo" else 401), files
+            code, headers["X-Error-Code"] = {"GatedRepo": 403, "Ill": 500}.get(files, 401), files
         elif revision not in ("main", "v1", COMMIT):
             code, headers["X-Error-Code"] = 404, "RevisionNotFound"
         elif verb == "tree":
             body = json.dumps(entries(files, f"{place}/" if place else "")).encode()
         elif path.startswith("/api/"):
             body = json.dumps({"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []}).encode()
+        elif f"{owner}/{name}" in listed:
+            code, headers["X-Error-Code"] = 403, "GatedRepo"
         elif place in broken and handler.command == "GET":
             handler.connection.close()
             return
@@ -103,16 +100,11 @@ def hub(tmp_path):
                 code, body = 206, body[first : last + 1]
         else:
             code, headers["X-Error-Code"] = 404, "EntryNotFound"
-        handler.send_response(code)
-        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
-            handler.send_header(key, value)
-        handler.end_headers()
-        if handler.command == "GET":
-            handler.wfile.write(body)
+        reply(handler, code, body, headers)
 
     with serving(answer) as address:
-        yield namedtuple("Hub", "repositories asked broken address home")(
-            repositories, asked, broken, address, tmp_path / "home"
+        yield namedtuple("Hub", "repositories asked broken listed address home")(
+            repositories, asked, broken, listed, address, tmp_path / "home"
         )
 
 
@@ -142,6 +134,7 @@ def test_streamed_and_stored_they_are_the_same(hub, tmp_path):
     assert streamed.class_names == ("cat", "dog")
     assert torch.equal(streamed.pictures, stored.pictures)
     assert torch.equal(streamed.labels, stored.labels)
+    assert streamed.fingerprint == stored.fingerprint
 
     hub.asked.clear()
     kept = packed(hub, "hf:cm/pictures@v1", tmp_path / "c", CMTOOL_OFFLINE="1")
@@ -168,10 +161,15 @@ def test_a_subset_and_a_part_of_a_split(hub, tmp_path):
         ("hf:cm/pictures@gone", ["no revision gone", "leave out @revision"]),
         ("hf:cm/none", ["no data set cm/none", "hf auth login"]),
         ("hf:cm/shut", ["agreed to its terms", "hf auth login"]),
+        ("hf:cm/shown", ["agreed to its terms", "hf auth login"]),
+        ("hf:cm/ill", ["the Hub answered 500", "later"]),
+        ("hf:cm/bare", ["data files", "check the name"]),
     ],
 )
 def test_what_is_not_there(hub, tmp_path, source, words):
-    hub.repositories["cm/shut"] = "GatedRepo"
+    hub.repositories.update({"cm/shut": "GatedRepo", "cm/ill": "Ill", "cm/bare": {"README.md": b"none"}})
+    hub.repositories["cm/shown"] = hub.repositories["cm/pictures"]
+    hub.listed.add("cm/shown")
     done = run(hub, "data", "pack", "--stream", source, str(tmp_path / "a"))
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*\nhint: .*\n", done.stderr), done.stderr
@@ -182,7 +180,11 @@ def test_what_is_not_there(hub, tmp_path, source, words):
 
 @pytest.mark.parametrize(
     ("more", "reason"),
-    [({"CMTOOL_OFFLINE": "1"}, "this is offline"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "no connection")],
+    [
+        ({"CMTOOL_OFFLINE": "1"}, "this is offline"),
+        ({"HF_DATASETS_OFFLINE": "1"}, "this is offline"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "no connection"),
+    ],
 )
 def test_nothing_without_a_connection(hub, more, reason):
     done = run(hub, "data", "inspect", "hf:cm/pictures", **more)

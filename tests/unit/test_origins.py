@@ -676,6 +676,21 @@ PIPELINE = {  # no two files alike: of equal ones the Hub's client fetches one
 }
 
 
+def reply(handler: BaseHTTPRequestHandler, code: int, body: bytes, headers: dict[str, str]) -> None:
+    """An answer of the Hub's."""
+    handler.send_response(code)
+    for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
+        handler.send_header(key, value)
+    handler.end_headers()
+    if handler.command == "GET":
+        handler.wfile.write(body)
+
+
+def oid(body: bytes) -> str:
+    """What the Hub calls a file of this content."""
+    return hashlib.sha1(body).hexdigest()
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub with the repositories of its dictionary: name -> {file: bytes}, or the Hub's code for an error."""
@@ -698,24 +713,19 @@ def hub(monkeypatch, tmp_path):
         elif isinstance(files, str):
             code, headers["X-Error-Code"] = (403 if files == "GatedRepo" else 401), files
         elif path.startswith("/api/models") and words[2:3] == ["tree"]:
-            described = [{"type": "file", "path": f, "size": len(b), "oid": _oid(b)} for f, b in files.items()]
+            described = [{"type": "file", "path": f, "size": len(b), "oid": oid(b)} for f, b in files.items()]
             body = json.dumps(described).encode()
         elif path.startswith("/api/models"):
-            listed = [{"rfilename": f, "size": len(b), "blobId": _oid(b)} for f, b in files.items()]
+            listed = [{"rfilename": f, "size": len(b), "blobId": oid(b)} for f, b in files.items()]
             body = json.dumps({"id": "/".join(words[:2]), "sha": COMMIT, "siblings": listed}).encode()
         elif name in refusing:
             code, headers["X-Error-Code"] = 403, "GatedRepo"
         elif name in files:
             body = files[name]
-            headers |= {"ETag": f'"{_oid(body)}"', "X-Repo-Commit": COMMIT}
+            headers |= {"ETag": f'"{oid(body)}"', "X-Repo-Commit": COMMIT}
         else:
             code, headers["X-Error-Code"] = 404, "EntryNotFound"
-        handler.send_response(code)
-        for key, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
-            handler.send_header(key, value)
-        handler.end_headers()
-        if handler.command == "GET":
-            handler.wfile.write(body)
+        reply(handler, code, body, headers)
 
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -728,10 +738,6 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield namedtuple("Hub", "repositories asked refusing cache")(repositories, asked, refusing, tmp_path / "hub")
         package.close_session()
-
-
-def _oid(body: bytes) -> str:
-    return hashlib.sha1(body).hexdigest()
 
 
 def fetched(hub) -> set[str]:
