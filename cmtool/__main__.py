@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 import threading
 from contextlib import suppress
-from typing import NoReturn
 
 from cmtool import processes
 
@@ -21,21 +19,14 @@ def run() -> None:
     except KeyboardInterrupt:
         code = 130
     if processes.current().many:  # an error: no farewell, for the others may wait for something else, or be gone
-        _end(code)
+        processes.end(code)
     if any(thread.daemon for thread in threading.enumerate()):
         # As Python ends it stops threads where they are, and one that is inside torch takes the program down with it.
         with suppress(KeyboardInterrupt):
             threading._shutdown()  # type: ignore[attr-defined]
             atexit._run_exitfuncs()
-        _end(code)
+        processes.end(code)
     sys.exit(code)
-
-
-def _end(code: int) -> NoReturn:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(ValueError, OSError):  # closed, or nobody reads it
-            stream.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

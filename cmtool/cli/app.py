@@ -191,10 +191,8 @@ def _end(error: errors.ProcessError, argv: list[str]) -> None:
     try:
         if team.local_rank == 0 or (team.rank, team.local_rank) == (1, 1):
             console.error(error.message, f"{error.hint}{_goes_on(argv)}")
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
     finally:
-        os._exit(error.exit_code)
+        processes.end(error.exit_code)
 
 
 def _goes_on(argv: list[str]) -> str:

@@ -112,11 +112,16 @@ class Shards:
         Raises:
             UnreadableImageError: if it is no image, or no longer what it was.
         """
-        return open_image(self._bytes(number), self.name(number))
+        entry = self._entry(number)
+        name = self._called(number, entry)
+        return open_image(self._bytes(entry, name), name)
 
     def name(self, number: int) -> str:
         """What to call an image in messages."""
-        return f"{self.paths[self._entry(number)['shard']].name}, image {number:,}"
+        return self._called(number, self._entry(number))
+
+    def _called(self, number: int, entry: Any) -> str:
+        return f"{self.paths[entry['shard']].name}, image {number:,}"
 
     def _entry(self, number: int) -> Any:
         try:
@@ -124,8 +129,7 @@ class Shards:
         except OSError as error:
             raise UnreadableImageError(f"image {number:,}", "its index is cut off", _HINT) from error
 
-    def _bytes(self, number: int) -> bytes:
-        entry, name = self._entry(number), self.name(number)
+    def _bytes(self, entry: Any, name: str) -> bytes:
         shard, size = int(entry["shard"]), int(entry["size"])
         if size > MAX_BYTES:
             raise UnreadableImageError(name, f"more than {MAX_BYTES >> 20} MiB", "leave it out")

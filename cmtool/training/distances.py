@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cmtool.training.tangents import jvp
+
 
 class Distance(Protocol):
     """(a, b) [B, C, H, W] each -> [B]; and its form for neighbours."""
@@ -124,7 +126,7 @@ class LPIPSModule(nn.Module):
 
     def metric(self, a: Tensor, u: Tensor) -> Tensor:
         # Squared differences of features, so the leading term is that of the features' derivative along u.
-        changes = torch.func.jvp(self._features, (a,), (u,))[1]
+        changes = jvp(self._features, (a,), (u,))[1]
         weighed = (lin(change.square()) for lin, change in zip(self.model.lins, changes, strict=True))
         return torch.stack([layer.mean((1, 2, 3)) for layer in weighed]).sum(0)
 

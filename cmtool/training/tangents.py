@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,11 +32,26 @@ def along(ask: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, velocit
     # The fused attention kernels have no forward-mode derivative, and compiled code has none.
     with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         if torch.is_grad_enabled():  # the derivative will be differentiated, which only torch.func's can be everywhere
-            done: Any = torch.func.jvp(ask, (x, t), (velocity, one))
-            return done[0], done[1]
+            return jvp(ask, (x, t), (velocity, one))
+        _load_forward_mode()
         with forward_ad.dual_level():  # plain tensors, which compiled passes take
             value, change = forward_ad.unpack_dual(ask(forward_ad.make_dual(x, velocity), forward_ad.make_dual(t, one)))
             return value, torch.zeros_like(value) if change is None else change
+
+
+def jvp(ask: Callable[..., Any], at: tuple[Tensor, ...], direction: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """`torch.func.jvp`: ask(*at) and its derivative along a direction, which can be differentiated again."""
+    _load_forward_mode()
+    done: Any = torch.func.jvp(ask, at, direction)
+    return done
+
+
+@functools.cache
+def _load_forward_mode() -> None:
+    """Let torch load what its first forward-mode derivative needs, without its warning of its own TorchScript."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".torch.jit.script. is ")
+        torch.func.jvp(torch.neg, (torch.zeros(()),), (torch.zeros(()),))
 
 
 def coefficients_along(model: FlowMap, t: Tensor, s: Tensor) -> tuple[Coefficients, Coefficients]:
@@ -43,7 +60,7 @@ def coefficients_along(model: FlowMap, t: Tensor, s: Tensor) -> tuple[Coefficien
     def ask(at: Tensor) -> tuple[Tensor, ...]:
         return tuple(model.parameterization.jump(model.path, at, s))
 
-    done: Any = torch.func.jvp(ask, (t,), (torch.ones_like(t),))
+    done = jvp(ask, (t,), (torch.ones_like(t),))
     return Coefficients(*done[0]), Coefficients(*done[1])
 
 

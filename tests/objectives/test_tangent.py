@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -481,3 +483,16 @@ def test_log_ratio_and_path_time_are_told_alike():
     ]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-6, atol=1e-8)
+
+
+def test_the_first_derivative_says_nothing():
+    """In a program of its own: torch warns once, of what it loads for it."""
+    program = (
+        "import warnings; warnings.simplefilter('error'); import torch; from cmtool.training.tangents import along;"
+        "print(along(lambda x, t: x * t, torch.full((1, 1), 3.0), torch.full((1,), 2.0), torch.full((1, 1), 5.0)))"
+    )
+    for grad in ("", "torch.set_grad_enabled(False);"):
+        command = [sys.executable, "-c", program.replace("print", grad + "print")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "13." in done.stdout
