@@ -19,7 +19,7 @@ import typer
 
 from cmtool import __version__
 from cmtool.cli import console, images, options, presets
-from cmtool.errors import CheckpointError, ConfigError, DataError, DivergenceError, UsageError, nearest
+from cmtool.errors import CheckpointError, ConfigError, DataError, DivergenceError, UsageError, UserError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +161,8 @@ def run(request: Request) -> None:
                 + (f"; the checkpoint of step {kept:,} is intact" if kept else " and no checkpoint was made"),
                 "start again with a lower --lr or --precision fp32, and --overwrite or another --out",
             ) from error
+        except DataError as error:
+            raise DataError(error.message, "; ".join(filter(None, (error.hint, _kept(trainer, folder))))) from error
         finally:
             book.close()
 
@@ -717,6 +719,15 @@ def _loop(trainer: Trainer, folder: RunFolder, request: Request, book: Logbook) 
     if trainer.step < total:
         console.note(f"stopped at step {trainer.step:,} of {total:,}; --resume {folder.path} continues")
         raise typer.Exit(INTERRUPTED if signalled == signal.SIGINT else STOPPED)
+
+
+def _kept(trainer: Trainer, folder: RunFolder) -> str:
+    """What a hint goes on to say when images stop coming: the steps made so far are not lost by it."""
+    if folder.saved() < trainer.step and not trainer.processes.many:  # others would have to help, and know nothing yet
+        with suppress(UserError):  # what went wrong first is what is told
+            folder.save(trainer)
+    saved = folder.saved()
+    return f"step {saved:,} is saved, and --resume {folder.path} goes on from there" if saved else ""
 
 
 @contextmanager

@@ -152,7 +152,7 @@ class StoredDataset:
     def _stuck(self) -> DataError:
         return DataError(
             f"no image has come out of {self.reader.source.name!r} for {PATIENCE:.0f} seconds",
-            "look at the disk or the network it lies on; then continue with --resume",
+            "look at the disk or the network it lies on",
         )
 
     @property

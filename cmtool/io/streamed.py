@@ -248,7 +248,7 @@ class StreamedDataset:
     def _stuck(self) -> DataError:
         return DataError(
             f"no row has come from {self.report.source!r} for {PATIENCE:.0f} seconds",
-            "look at the connection; then continue with --resume",
+            "look at the connection",
         )
 
 

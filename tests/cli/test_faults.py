@@ -11,6 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from cmtool.training.trainer import Order
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,3 +191,27 @@ def test_data_that_has_changed_is_not_gone_on_with(cli, pictures, tmp_path):
     held["images"][3, 0, 0, 0] ^= 1
     np.savez(tmp_path / "data.npz", **held)
     assert cli("train", "--resume", tmp_path / "run", "--precision", "fp32").code == 0
+
+
+def test_images_that_stop_coming_cost_no_step(start, cli, tmp_path):
+    """What was done by then is saved; with the image mended the run comes to what it would have been."""
+    shards = tmp_path / "shards"
+    made = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "images.npy", made)
+    assert cli("data", "pack", tmp_path / "images.npy", shards).code == 0
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert start("whole", "--data", shards).code == 0
+
+    tar = shards / "00000.tar"
+    before = tar.read_bytes()
+    place = np.load(shards / "index.npy")[int(Order(24, seed=0).indices(3 * 4, 1))]  # the first of the fourth batch
+    tar.write_bytes(before[: place["offset"]] + bytes(place["size"]) + before[place["offset"] + place["size"] :])
+    start("run", "--data", shards, "--quiet").error(
+        1, "damaged", f"step 3 is saved, and --resume {run} goes on from there"
+    )
+    tar.write_bytes(before)
+
+    assert cli("train", "--resume", run, "--precision", "fp32", "--log-every", 1).code == 0
+    assert steps(run) == steps(whole)
+    ends = [load_file(folder / "model.safetensors") for folder in (run, whole)]
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
