@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtool import networks
+from cmtool.errors import DependencyError
 from cmtool.flow.flow_map import FlowMap
 from cmtool.processes import Processes
 from cmtool.training.objectives import Drawn, Loss, Objective
@@ -114,7 +115,17 @@ class Sharded(Alone):
 
 
 def shard(network: nn.Module, device: torch.device) -> None:
-    """Spread a network's weights over the processes, block by block; in place."""
+    """Spread a network's weights over the processes, block by block; in place.
+
+    Raises:
+        DependencyError: with a torch that does it wrong: before 2.9 the gradients come as sums over the processes on
+            CPUs, and before 2.8 the outermost block stays together after a pass without gradient.
+    """
+    if torch.__version__ < "2.9":
+        raise DependencyError(
+            f"--shard needs torch 2.9 or newer, found {torch.__version__}",
+            "leave it out, and every process holds all weights, or install a newer torch",
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -435,7 +435,8 @@ class Drawing(nn.Module):
         self.weight, self.drawn = nn.Parameter(torch.ones(())), []
 
     def forward(self, x, noise, labels=None):
-        self.drawn.append(tuple(drop(torch.ones(len(x), 64), 0.5).flatten().tolist()))
+        kept = drop(torch.ones(len(x), 64), 0.5).flatten()
+        self.drawn.append(float(kept @ torch.linspace(1, 2, len(kept))))  # as good as unique, and one number
         return self.weight * torch.sin(x)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cmtool.errors import TrainingError
+from cmtool.errors import DependencyError, TrainingError
 from cmtool.processes import Processes
 from cmtool.times import Times
-from cmtool.training.distributed import checksum
+from cmtool.training.distributed import checksum, shard
 from cmtool.training.objectives import Drawn
 from cmtool.training.trajectory import Batch
 from tests import team
@@ -79,6 +80,13 @@ def drawn(total: int) -> Drawn:
     numbers = torch.arange(total, dtype=torch.float32)
     batch = Batch(numbers[:, None, None, None], None, numbers[:, None, None, None])
     return Drawn(torch.nn.Identity(), 0.5, batch, Times(numbers, numbers, numbers), numbers.long())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("version", ["2.7.0", "2.8.1+cpu"])
+def test_an_old_torch_would_spread_wrong(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    with pytest.raises(DependencyError, match=f"2.9 or newer, found {re.escape(version)}"):
+        shard(torch.nn.Linear(2, 2), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("total", "count", "size"), [(17, 4, None), (17, 4, 1), (5, 2, 1), (4, 4, 3), (9, 2, 4)])

@@ -61,12 +61,11 @@ def write(model: FlowMap, target: Path) -> None:
             f"the model has {size / 1e9:.1f} GB of weights, and an ONNX file holds 2.1 GB", "convert it --to cmtool"
         )
     card = model.card
-    batch = torch.export.Dim("batch", min=1)
     x = torch.zeros(2, *card.image_shape)
     t = torch.full((2,), model.path.t_max)
-    given, names, shapes = [x, t], ["x", "t"], [{0: batch}, {0: batch}]
+    given, names, shapes = [x, t], ["x", "t"], [{0: "batch"}, {0: "batch"}]
     if card.num_classes:
-        given, names, shapes = [*given, torch.zeros(2, dtype=torch.int64)], [*names, "labels"], [*shapes, {0: batch}]
+        given, names, shapes = [*given, torch.zeros(2, dtype=torch.int64)], [*names, "labels"], [*shapes, {0: "batch"}]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
