@@ -91,7 +91,7 @@ def _generator(seed: int, stream: int) -> np.random.Generator:
 
 def derive(seed: int, *streams: int) -> int:
     """A new seed from a seed and any number of stream numbers, well mixed (for torch's own generators)."""
-    return int(np.random.SeedSequence((seed, *streams)).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((seed, *streams)).generate_state(1, np.uint64)[0]) >> 1
 
 
 @contextmanager
