@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cmtool.training.trainer import Report, Trainer
 
 _JUDGED_RUN = 1000  # steps of a run that is judged without being asked to
+_WITHIN = 1800.0  # seconds of work that a crash may cost, about
 
 
 class Rhythm:
@@ -30,6 +31,42 @@ class Rhythm:
         self.save = save or max(100, total // 5)
         self.sample = max(100, total // 10) if sample is None else sample
         self.judge = (total // 10 if total >= _JUDGED_RUN else 0) if judge is None else judge
+
+
+class Checkpoints:
+    """At which steps checkpoints are made: every so many, and in time, whatever a step takes.
+
+    The pace is looked at 1, 2, 4, 8, ... steps after a checkpoint, and agreed on: all processes save together.
+
+    Args:
+        trainer: the training; at the step it goes on from.
+        every: the number of steps.
+        within: seconds after which one is made in any case, roughly.
+    """
+
+    def __init__(self, trainer: Trainer, every: int, within: float = _WITHIN) -> None:
+        self._processes, self._every, self._within = trainer.processes, every, within
+        self.made(trainer.step)
+
+    def made(self, step: int) -> None:
+        """There is one of this step."""
+        self._last, self._since = step, time.monotonic()
+        self._limit = 0  # of steps, known after the first
+
+    def overdue(self, step: int) -> bool:
+        """Whether one is to be made for the time that has passed; asked after every step that makes none."""
+        done = step - self._last
+        if done & (done - 1) == 0:
+            import torch
+
+            pace = (time.monotonic() - self._since) / done
+            limit = max(1, int(self._within / max(pace, 1e-9)))
+            self._limit = int(self._processes.smallest(torch.tensor(limit)))
+        return done >= self._limit
+
+    def planned(self, step: int) -> bool:
+        """Whether it is one of every so many steps."""
+        return step % self._every == 0
 
 
 class Logbook:

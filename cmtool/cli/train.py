@@ -137,7 +137,10 @@ class Request:
         None
     )
     save_every: Annotated[
-        int | None, typer.Option("--save-every", metavar="N", min=1, help="Steps between checkpoints.")
+        int | None,
+        typer.Option(
+            "--save-every", metavar="N", min=1, help="Steps between checkpoints, which come every half hour anyway."
+        ),
     ] = None
     sample_every: Annotated[
         int | None, typer.Option("--sample-every", metavar="N", min=0, help="Steps between sample grids; 0 is never.")

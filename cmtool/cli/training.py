@@ -677,19 +677,23 @@ def _announce_start(recipe: Recipe, start: FlowMap | None) -> None:
 
 
 def _loop(trainer: Trainer, folder: RunFolder, request: Request, book: Logbook) -> None:
+    from cmtool.cli.logbook import Checkpoints
+
     total = trainer.recipe.iterations
     signalled = 0
     first, text = trainer.step, ""
     team = trainer.processes
-    agreed = team.agreement()
+    agreed, checkpoints = team.agreement(), Checkpoints(trainer, book.rhythm.save)
     with console.progress(trainer.recipe.preset, total, done=first) as update, _stop_signal(team.many) as stopped:
         for report in trainer.run():
             agreed.note(stopped())
             signalled = agreed.ask()
             ending = bool(report.step == total or signalled or report.step - first == request.stop_after)
             text = book.note(report, ending=ending) or text
-            if report.step % book.rhythm.save == 0 or ending:
-                folder.save(trainer)
+            planned = ending or checkpoints.planned(report.step)
+            if planned or checkpoints.overdue(report.step):
+                folder.save(trainer, series=planned)
+                checkpoints.made(report.step)
             update(report.step, text)
             if ending:
                 break

@@ -218,15 +218,22 @@ class RunFolder:
                 found.setdefault(file.parent.name, {})[int(made[1])] = file
         return {name: dict(sorted(files.items())) for name, files in sorted(found.items())}
 
-    def save(self, trainer: Trainer) -> None:
+    def save(self, trainer: Trainer, *, series: bool = True) -> None:
         """Write the average weights, then the training state; what is outdated goes when the new is complete.
 
+        Args:
+            trainer: what to save.
+            series: whether averages that are kept as a series get one more of it.
         Raises:
             CheckpointError: too little space, or the folder cannot be written to; earlier checkpoints are intact.
         """
         state = trainer.state_dict()
         first = trainer.average
-        rules = [(rule, model) for rule, model in trainer.averages.values() if len(trainer.averages) > 1]
+        rules = [
+            (rule, model)
+            for rule, model in trainer.averages.values()
+            if len(trainer.averages) > 1 and (series or not rule.post_hoc)
+        ]
         try:
             if self.processes.first:
                 self._check_space(state, [first, *(model for _, model in rules)])
@@ -261,7 +268,7 @@ class RunFolder:
             others = [old for old in self._states() if old != target]
             twice = [old for old in others if _step(old) == step]
             older = [old for old in others if old not in twice]
-            for old in [*twice, *older[: len(older) - self.keep + 1]]:
+            for old in [*twice, *older[: max(0, len(older) - self.keep + 1)]]:
                 files.remove(old)
 
     def _check_space(self, state: Any, models: Iterable[FlowMap]) -> None:

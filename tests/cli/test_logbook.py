@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cmtool.cli.logbook import Levels, Rhythm
+from cmtool.cli import logbook
+from cmtool.cli.logbook import Checkpoints, Levels, Rhythm
 from cmtool.evaluation.proxy import Proxy
 from cmtool.flow.path import VE, Trig
 from cmtool.io import checkpoint, data
@@ -35,6 +37,41 @@ def lines(folder):
 def report(t, losses):
     nothing = torch.zeros(())
     return Report(1, 1, 0.5, nothing, torch.tensor(losses), torch.tensor(t), nothing, 0.1)
+
+
+@pytest.mark.parametrize(("pace", "after"), [(0.01, 180_000), (100.0, 18), (1000.0, 1), (5000.0, 1)])
+def test_a_checkpoint_is_overdue_after_half_an_hour(monkeypatch, pace, after):
+    """Also where the first step takes long."""
+    now = 0.0
+    monkeypatch.setattr(logbook.time, "monotonic", lambda: now)
+    made = Checkpoints(SimpleNamespace(processes=ALONE, step=40), every=7)
+    for _ in range(2):
+        start = made._last
+        for step in range(start + 1, start + 200_000):
+            now += pace + (step == 41) * 10 * pace * (pace < 100)
+            if made.overdue(step):
+                break
+        assert step - start == pytest.approx(after, rel=1e-3)
+        made.made(step)
+    assert [step for step in range(1, 22) if made.planned(step)] == [7, 14, 21]
+
+
+def test_a_slow_run_saves_more_often_and_comes_to_the_same(train, tmp_path, monkeypatch):
+    """Only its series of averages has no more than it would have."""
+    averages = ["--set", "averages.1=power", "--save-every", 4, "--keep", 9]
+    assert train("planned", *averages).code == 0
+    monkeypatch.setattr(logbook.Checkpoints.__init__, "__defaults__", (1e-9,))
+    assert train("slow", *averages).code == 0
+    states, series = (
+        {name: sorted(file.name for file in (tmp_path / name).glob(pattern)) for name in ("planned", "slow")}
+        for pattern in ("checkpoints/*", "averages/*/*")
+    )
+    assert states["planned"] == ["step_0000004.pt", "step_0000006.pt"]
+    assert states["slow"] == [f"step_000000{step}.pt" for step in range(1, 7)]
+    assert series["slow"] == series["planned"]
+    assert series["slow"]
+    found = [torch.load(tmp_path / name / "checkpoints" / "step_0000006.pt") for name in ("planned", "slow")]
+    assert all(torch.equal(tensor, found[1]["model"][name]) for name, tensor in found[0]["model"].items())
 
 
 def test_losses_are_sorted_by_the_decade_of_the_noise():

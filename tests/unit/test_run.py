@@ -185,13 +185,15 @@ def test_a_changed_number_is_seen_and_the_state_before_is_taken(tmp_path):
     ]
 
 
-def test_as_many_states_stay_as_asked_for(tmp_path):
-    folder = RunFolder(tmp_path, keep=1)
+@pytest.mark.parametrize("keep", [1, 2, 4, 5, 9])
+def test_as_many_states_stay_as_asked_for(tmp_path, keep):
+    folder = RunFolder(tmp_path, keep=keep)
     made = trainer(EDM_RECIPE)
-    for _ in range(3):
+    for step in range(1, 7):
         run(made, 1)
         folder.save(made)
-    assert os.listdir(tmp_path / "checkpoints") == ["step_0000003.pt"]
+        kept = [f"step_{number:07d}.pt" for number in range(max(1, step - keep + 1), step + 1)]
+        assert sorted(os.listdir(tmp_path / "checkpoints")) == kept
 
 
 def test_one_writer_a_folder(tmp_path):
