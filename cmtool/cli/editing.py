@@ -33,7 +33,7 @@ class Request:
     seeds: options.Seeds = "0"
     labels: options.Labels = None
     times: options.Times = None
-    edit_steps: options.EditSteps = None
+    steps: options.EditSteps = None
     compare: options.Compare = None
     truth: Annotated[
         str | None, typer.Option("--truth", metavar="FILE", help="The true image: tell how near the answers come.")
@@ -76,8 +76,8 @@ def run(title: str, request: Request, read: Callable[[Any, ModelCard], Edit]) ->
         read: what is known of the image of a request, which is checked to suit a model of this card; the edit.
     """
     seeds = options.parse_seeds(request.seeds)
-    if request.times is not None and request.edit_steps is not None:
-        raise UsageError("--edit-steps and --times say the same thing twice", "give one of the two")
+    if request.times is not None and request.steps is not None:
+        raise UsageError("--steps and --times say the same thing twice", "give one of the two")
     images.one_result(request.as_json, request.out, request.compare)
     several = request.image != "-" and os.path.isdir(request.image)
     if several:
@@ -203,7 +203,7 @@ def _answer(
 
     def make(at: slice) -> Generated:
         part = seeds[at]
-        made = edit.call(model, seeds=part, labels=labels, times=times, steps=request.edit_steps, batch=len(part))
+        made = edit.call(model, seeds=part, labels=labels, times=times, steps=request.steps, batch=len(part))
         return Generated(part, labels_for(model, part, labels), made, 0)
 
     made = in_batches(model, len(seeds), make, batch=request.batch)

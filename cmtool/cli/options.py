@@ -312,7 +312,7 @@ Compare = Annotated[
 ]
 EditSteps = Annotated[
     int | None,
-    typer.Option("--edit-steps", metavar="N", min=1, help="Network calls. [default: the model's whole grid]"),
+    typer.Option("--steps", metavar="N", min=1, help="Network calls. [default: the model's whole grid]"),
 ]
 
 

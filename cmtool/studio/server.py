@@ -161,7 +161,7 @@ class Asked:
         else:
             words += ["--seeds", f"{self.seeds[0]}-{self.seeds[-1]}" if len(self.seeds) > 1 else str(self.seeds[0])]
         if self.steps is not None and self.task not in ("stroke", "denoise"):
-            words += ["--edit-steps", str(self.steps)]
+            words += ["--steps", str(self.steps)]
         if self.label is not None:
             words += ["--labels", str(self.label)]
         return shlex.join([*words, "--out", "made/" if len(self.seeds) > 1 else "made.png"])

@@ -121,7 +121,7 @@ def test_sampling_and_editing_with_a_foreign_model(cli, openai, tmp_path):
     Image.new("RGB", (4, 4), (200, 30, 90)).save(tmp_path / "small.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "mask.png")
     model = openai / "cd_8x8.pt"
-    steps = ("--edit-steps", 2)
+    steps = ("--steps", 2)
     assert cli("sample", "--model", model, "--steps", 2, "--out", tmp_path / "a.png").code == 0
     assert cli(
         "sample", "--model", openai / "edm_8x8.pt", "--solver", "heun", "--steps", 2, "--out", tmp_path / "b.png"

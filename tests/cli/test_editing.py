@@ -85,10 +85,10 @@ def test_the_time_points_and_the_label_matter(cli, student, inputs):
     ask = ("inpaint", "--model", student, "--image", inputs / "image.png", "--mask", inputs / "mask.png", "--out", "-")
     default = cli(*ask, "--labels", "bee")
     assert default.code == 0, default.stderr
-    for more in (["--edit-steps", "1"], ["--times", "80,0.5"], ["--labels", "cow"]):
+    for more in (["--steps", "1"], ["--times", "80,0.5"], ["--labels", "cow"]):
         assert cli(*ask, "--labels", "bee", *more).stdout != default.stdout
     # The whole grid of 4 points without t_min.
-    assert cli(*ask, "--labels", "bee", "--edit-steps", "3").stdout == default.stdout
+    assert cli(*ask, "--labels", "bee", "--steps", "3").stdout == default.stdout
 
 
 def test_a_transparent_part_is_the_mask(cli, student, inputs, picture, mask):
@@ -153,7 +153,7 @@ def test_superres_keeps_the_block_means(cli, student, inputs):
         (["superres", "--image", "tiny.png", "--factor", "3"], ["9x6", "no multiple of 3"]),
         (["superres", "--image", "image.png", "--factor", "1"], ["--factor"]),
         (["superres", "--image", "image.png"], ["--factor"]),
-        (["colorize", "--image", "image.png", "--times", "80", "--edit-steps", "2"], ["twice"]),
+        (["colorize", "--image", "image.png", "--times", "80", "--steps", "2"], ["twice"]),
         (["colorize", "--image", "image.png", "--labels", "9"], ["no class 9"]),
         (["colorize", "--image", "image.png", "--seeds", "0-2"], ["one image and 3"]),
     ],
@@ -280,7 +280,7 @@ def test_larger_images_are_made_of_tiles(cli, student, inputs, task):
     (inputs / "mask.png").write_bytes(png(mask))
     (inputs / "small.png").write_bytes(png(image[:7, :10]))
     options = [str(inputs / word) if word.endswith(".png") else word for word in EDITS[task]]
-    ask = (task, "--model", student, *options, "--edit-steps", 3, "--out", inputs / "made.png", "--json")
+    ask = (task, "--model", student, *options, "--steps", 3, "--out", inputs / "made.png", "--json")
     result = cli(*ask)
     assert result.code == 0, result.stderr
     assert "the result is 20x14, made of tiles of 8x8" in result.stderr
@@ -410,7 +410,7 @@ def test_a_folder_of_images_with_a_mask_each(cli, student, inputs, mask):
     masks, _ = folder_of(inputs, "masks", 0)
     for number in range(3):
         (masks / f"{number}.PNG").write_bytes(png(np.roll(mask, number, 0)))
-    ask = ("inpaint", "--model", student, "--image", many, "--mask", masks, "--edit-steps", 2)
+    ask = ("inpaint", "--model", student, "--image", many, "--mask", masks, "--steps", 2)
     result = cli(*ask, "--out", inputs / "done", "--truth", many, "--json")
     assert result.code == 0, result.stderr
     described = json.loads(result.stdout)["images"]
@@ -422,7 +422,7 @@ def test_a_folder_of_images_with_a_mask_each(cli, student, inputs, mask):
         assert not (made[~kept] == pictures[number][~kept]).all()
         assert entry["psnr"] > 0
     # One at a time they are the same.
-    alone = ("inpaint", "--model", student, "--image", many / "1.png", "--mask", masks / "1.PNG", "--edit-steps", 2)
+    alone = ("inpaint", "--model", student, "--image", many / "1.png", "--mask", masks / "1.PNG", "--steps", 2)
     assert cli(*alone, "--out", inputs / "1.png").code == 0
     assert (read(inputs / "1.png") == read(inputs / "done" / "1.png")).all()
 

@@ -7,7 +7,7 @@ from typer.main import get_command
 from cmtool.cli.app import app
 
 MAKE = "--batch --device --precision --json"
-EDIT = f"--model --image --out --seeds --labels --times --edit-steps --compare --truth --lpips-backbone {MAKE}"
+EDIT = f"--model --image --out --seeds --labels --times --steps --compare --truth --lpips-backbone {MAKE}"
 TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-backbone --network --seed --resolution
     --crop --resize --upscale --no-upscale --channels --stream --workers --config --set --log-every --save-every
     --sample-every --judge-every --track --micro-batch --checkpoint-activations --shard --compile --no-compile

@@ -165,7 +165,7 @@ def test_a_consistency_model_edits_a_real_image(cli, make, cifar, tmp_path):
     }
     for command, given in edits.items():
         out = tmp_path / f"{command}.png"
-        done = cli(command, "--model", model, *given, "--edit-steps", 2, "--out", out)
+        done = cli(command, "--model", model, *given, "--steps", 2, "--out", out)
         assert done.code == 0, done.stderr
         with Image.open(out) as image:
             made = image.convert("RGB")

@@ -39,7 +39,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 def commands(place, student, file, out):
     """Each edit of the file, and the file as a mask."""
-    ask = ("--model", student, "--out", out, "--edit-steps", 1)
+    ask = ("--model", student, "--out", out, "--steps", 1)
     yield ("inpaint", *ask, "--image", file, "--mask", place / "mask.png")
     yield ("inpaint", *ask, "--image", place / "image.png", "--mask", file)
     yield ("colorize", *ask, "--image", file)
