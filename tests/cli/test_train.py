@@ -411,8 +411,8 @@ def kept(monkeypatch) -> list[dict[str, str]]:
     """The hashes of a run's files after each of its checkpoints."""
     save, seen = RunFolder.save, []
 
-    def saving(self, trainer):
-        save(self, trainer)
+    def saving(self, trainer, **how):
+        save(self, trainer, **how)
         seen.append(hashes(self.path))
 
     monkeypatch.setattr(RunFolder, "save", saving)
