@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cmtool.io import stored
+from cmtool.io.shards import Shards
 from cmtool.training.trainer import Order
 
 ROOT = Path(__file__).parents[2]
@@ -215,3 +218,22 @@ def test_images_that_stop_coming_cost_no_step(start, cli, tmp_path):
     assert steps(run) == steps(whole)
     ends = [load_file(folder / "model.safetensors") for folder in (run, whole)]
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_is_stuck_costs_no_step(start, cli, tmp_path, monkeypatch, workers):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8))
+    assert cli("data", "pack", tmp_path / "images.npy", tmp_path / "shards").code == 0
+    slow, opened = int(Order(24, seed=0).indices(3 * 4, 1)), Shards.open
+
+    def stuck(shards, number):
+        time.sleep(4 * (number == slow))
+        return opened(shards, number)
+
+    monkeypatch.setattr(stored, "PATIENCE", 1.0)
+    monkeypatch.setattr(Shards, "open", stuck)
+    run = tmp_path / "run"
+    ask = ("--data", tmp_path / "shards", "--workers", workers, "--quiet")
+    start("run", *ask).error(1, "no image has come", f"step 3 is saved, and --resume {run} goes on from there")
+    monkeypatch.undo()
+    assert cli("train", "--resume", run, "--precision", "fp32").code == 0
