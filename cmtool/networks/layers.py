@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cmtool.networks import native
+from cmtool.networks import native, winograd
 
 
 def derived() -> bool:
@@ -117,8 +117,22 @@ def _recording(parameter: Tensor) -> bool:
     return parameter.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _quick(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether `winograd` convolves: its operations are none that torch could differentiate or transform."""
+    unseen = not torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+    return unseen and winograd.usable(x, weight, stride, padding)
+
+
+def _convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    if _quick(x, weight, stride, padding):
+        return winograd.forward(x, weight, bias)
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
 class _Convolve(torch.autograd.Function):
-    """A convolution whose forward-mode derivative leaves out what does not move.
+    """A convolution, by `winograd` where that gains, whose forward-mode derivative leaves out what does not move.
 
     torch's own computes that of the weights, too: for the usual tangents it convolves x with zeros.
     """
@@ -127,7 +141,7 @@ class _Convolve(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
     ) -> Tensor:
-        return F.conv2d(x, weight, bias, stride, padding)
+        return _convolved(x, weight, bias, stride, padding)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -143,6 +157,10 @@ class _Convolve(torch.autograd.Function):
             return (None,) * 5
         x, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
+        if _quick(x, weight, *ctx.place):
+            dx = winograd.input_gradient(grad, weight) if wanted[0] else None
+            dweight = winograd.weight_gradient(x, grad, weight) if wanted[1] else None
+            return dx, dweight, grad.sum((0, 2, 3)) if wanted[2] else None, None, None
         stride, padding = ctx.place
         rest = ([len(weight)], stride, padding, (1, 1), False, (0, 0), 1, wanted)
         return *torch.ops.aten.convolution_backward(grad, x, weight, *rest), None, None
@@ -150,8 +168,8 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None, *_: None) -> Tensor:
         x, weight = ctx.saved_tensors
-        terms = [] if dx is None else [F.conv2d(dx, weight, None, *ctx.place)]
-        terms += [] if dweight is None else [F.conv2d(x, dweight, None, *ctx.place)]
+        terms = [] if dx is None else [_convolved(dx, weight, None, *ctx.place)]
+        terms += [] if dweight is None else [_convolved(x, dweight, None, *ctx.place)]
         terms += [] if dbias is None else [dbias[:, None, None].expand(ctx.shape)]
         change: Any = sum(terms[1:], start=terms[0])
         return change
@@ -164,8 +182,12 @@ def convolve(
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
 ) -> Tensor:
-    """torch's convolution, as fast as it can be under forward-mode derivatives, too."""
-    if derived() and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    """A convolution as torch's, as fast as it can be had: on CPUs, and under forward-mode derivatives, too."""
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return F.conv2d(x, weight, bias, stride, padding)
+    if _plain():
+        return _convolved(x, weight, bias, stride, padding)
+    if derived() or winograd.usable(x, weight, stride, padding):
         made: Tensor = _Convolve.apply(x, weight, bias, stride, padding)
         return made
     return F.conv2d(x, weight, bias, stride, padding)
