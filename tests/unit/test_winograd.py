@@ -1,0 +1,195 @@
+"""Winograd's convolution against torch's in float64, and who gets it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from cmtool import networks
+from cmtool.networks import ADMConfig, layers, winograd
+
+pytestmark = pytest.mark.skipif(winograd.library() is None, reason="no compiler on this machine")
+
+ONES = (1, 1)
+WIDTH = winograd.library().channels() if winograd.library() is not None else 1
+# Images, channels in and out in multiples of what the library takes, height and width.
+SHAPES = [(4, 1, 1, 8, 8), (3, 2, 3, 7, 9), (40, 3, 1, 4, 4), (2, 1, 2, 16, 5), (1, 4, 2, 32, 32), (17, 1, 1, 3, 4)]
+
+
+def given(images, channels, outputs, height, width, *, seed=0, last=True):
+    generator = torch.Generator().manual_seed(seed)
+    size = (images, channels * WIDTH, height, width)
+    x = torch.randn(size, generator=generator)
+    weight = torch.randn(outputs * WIDTH, size[1], 3, 3, generator=generator) / (9 * size[1]) ** 0.5
+    bias = torch.randn(len(weight), generator=generator)
+    grad = torch.randn(images, len(weight), height, width, generator=generator)
+    if last:
+        x, weight, grad = (one.contiguous(memory_format=torch.channels_last) for one in (x, weight, grad))
+    return x, weight, bias, grad
+
+
+def distance(found, expected):
+    """Largest difference in units of the expected values' size."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected).abs().max() / expected.square().mean().sqrt())
+
+
+def wide(x, weight, bias, grad):
+    """torch's convolution and its gradients, in float64."""
+    leaves = [one.double().requires_grad_() for one in (x, weight, bias)]
+    out = F.conv2d(*leaves, padding=1)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.double())
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_the_convolution_and_its_gradients(shape, last):
+    x, weight, bias, grad = given(*shape, last=last)
+    assert winograd.usable(x, weight, ONES, ONES)
+    out, dx, dweight, _ = wide(x, weight, bias, grad)
+    found = winograd.forward(x, weight, bias)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert distance(found, out) < 1e-5
+    assert distance(winograd.forward(x, weight), out - bias.double()[:, None, None]) < 1e-5
+    assert distance(winograd.input_gradient(grad, weight), dx) < 1e-5
+    gradient = winograd.weight_gradient(x, grad, weight)
+    assert gradient.stride() == weight.stride()
+    assert distance(gradient, dweight) < 1e-5
+
+
+def test_its_errors_are_a_few_roundings():
+    """On average within three times those of torch's own sums."""
+    x, weight, bias, grad = given(8, 4, 4, 16, 16)
+    out, dx, dweight, _ = wide(x, weight, bias, grad)
+    ours = (winograd.forward(x, weight, bias), winograd.input_gradient(grad, weight))
+    leaves = [one.requires_grad_() for one in (x, weight, bias)]
+    torchs = F.conv2d(*leaves, padding=1)
+    theirs = (torchs.detach(), *torch.autograd.grad(torchs, leaves[:2], grad))
+    ours = (*ours, winograd.weight_gradient(x.detach(), grad, weight.detach()))
+    for a, b, exact in zip(ours, theirs, (out, dx, dweight), strict=True):
+        assert (a.detach() - exact).norm() < 3 * (b - exact).norm() + 1e-7 * exact.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_threads_change_nothing(shape):
+    x, weight, bias, grad = given(*shape)
+    run = lambda: (  # noqa: E731
+        winograd.forward(x, weight, bias),
+        winograd.input_gradient(grad, weight),
+        winograd.weight_gradient(x, grad, weight),
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("flags", ["-mno-avx512f", "-D__AVX512F__"], ids=["narrower", "wider"])
+def test_any_width_of_vectors(monkeypatch, flags):
+    """The sizes chosen for other processors, as this one computes them."""
+    monkeypatch.setenv("CXX", f"c++ {flags}")
+    other = winograd.library.__wrapped__()
+    if other is None:
+        pytest.skip("the compiler does not know this processor's vectors")
+    x, weight, bias, grad = given(5, 2, 4, 9, 8)
+    expected = wide(x, weight, bias, grad)
+    monkeypatch.setattr(winograd, "library", lambda: other)
+    if weight.shape[0] % other.channels() or weight.shape[1] % other.channels():
+        pytest.fail("the test's channels do not fit")
+    found = (
+        winograd.forward(x, weight, bias),
+        winograd.input_gradient(grad, weight),
+        winograd.weight_gradient(x, grad, weight),
+    )
+    for a, b in zip(found, expected, strict=False):
+        assert distance(a, b) < 1e-5
+
+
+def test_who_gets_it():
+    x, weight, *_ = given(2, 1, 1, 16, 16)
+    assert winograd.usable(x, weight, ONES, ONES)
+    assert winograd.usable(x, torch.nn.Parameter(weight), ONES, ONES)
+    assert not winograd.usable(x, weight, (2, 2), ONES)
+    assert not winograd.usable(x, weight, ONES, (0, 0))
+    assert not winograd.usable(x, weight[..., :1, :1], ONES, ONES)
+    assert not winograd.usable(x.bfloat16(), weight.bfloat16(), ONES, ONES)
+    assert not winograd.usable(x.double(), weight.double(), ONES, ONES)
+    assert not winograd.usable(x[:, :3], weight[:, :3], ONES, ONES)  # colours
+    assert not winograd.usable(x, weight[:3], ONES, ONES)
+    assert not winograd.usable(x[:1, ..., :8, :4], weight, ONES, ONES)  # too little of it
+    assert not winograd.usable(x.repeat(9, 1, 1, 1)[..., :2, :2], weight, ONES, ONES)  # mostly beyond the edges
+    assert not winograd.usable(x[:0], weight, ONES, ONES)
+    assert not winograd.usable(x.to("meta"), weight.to("meta"), ONES, ONES)
+
+
+def test_the_network_s_convolution():
+    """With and without a gradient, along a direction, and differentiated twice."""
+    x, weight, bias, grad = given(4, 1, 2, 8, 12)
+    out, *expected = wide(x, weight, bias, grad)
+    with torch.no_grad():
+        plain = layers.convolve(x, weight, bias, ONES, ONES)
+    leaves = [one.requires_grad_() for one in (x, weight, bias)]
+    found = layers.convolve(*leaves, ONES, ONES)
+    assert torch.equal(plain, found)
+    assert torch.equal(plain, winograd.forward(x.detach(), weight.detach(), bias.detach()))
+    assert distance(found.detach(), out) < 1e-5
+    for a, b in zip(torch.autograd.grad(found, leaves, grad), expected, strict=True):
+        assert distance(a, b) < 1e-5
+
+    def twice(x, weight, bias, grad):
+        first = torch.autograd.grad(layers.convolve(x, weight, bias, ONES, ONES).tanh(), x, grad, create_graph=True)
+        return torch.autograd.grad(first[0].square().sum(), (x, weight, bias))
+
+    wider = [one.detach().double().requires_grad_() for one in leaves]
+    for a, b in zip(twice(*leaves, grad), twice(*wider, grad.double()), strict=True):
+        assert distance(a, b) < 3e-5
+
+    x, weight, bias = (one.detach() for one in leaves)
+    dx, dbias = torch.randn_like(x), torch.randn_like(bias)
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = layers.convolve(forward_ad.make_dual(x, dx), weight, forward_ad.make_dual(bias, dbias), ONES, ONES)
+        moved = forward_ad.unpack_dual(dual)
+    assert torch.equal(moved.primal, plain)
+    change = F.conv2d(dx.double(), weight.double(), dbias.double(), padding=1)
+    assert distance(moved.tangent, change) < 1e-5
+    _, other = torch.func.jvp(lambda x, bias: layers.convolve(x, weight, bias, ONES, ONES), (x, bias), (dx, dbias))
+    assert distance(other, change) < 1e-5
+    each = torch.func.vmap(lambda one: F.conv2d(one[None], weight, bias, padding=1)[0])(x)
+    assert distance(each, out) < 1e-5
+
+
+def test_a_network_uses_it_for_all_its_wide_convolutions(monkeypatch):
+    config = ADMConfig(resolution=16, channels=2 * WIDTH, channel_mult=(1, 2), num_blocks=1, attention_resolutions=())
+    network = networks.build(config).to(memory_format=torch.channels_last)
+    many = [m for m in network.modules() if isinstance(m, layers.Conv2d) and m.kernel_size == (3, 3)]
+    many = [m for m in many if m.stride == ONES and m.in_channels > 3 and m.out_channels > 3]
+    counts = dict.fromkeys(("forward", "input_gradient", "weight_gradient"), 0)
+
+    def counting(name):
+        own = getattr(winograd, name)
+
+        def counted(*given):
+            counts[name] += 1
+            return own(*given)
+
+        monkeypatch.setattr(winograd, name, counted)
+
+    for name in counts:
+        counting(name)
+    x, t = torch.randn(8, 3, 16, 16), torch.rand(8)
+    network(x, t).square().mean().backward()
+    assert len(many) > 5
+    assert counts == dict.fromkeys(counts, len(many))
+    found = [p.grad.clone() for p in network.parameters()]
+    network.zero_grad()
+    monkeypatch.setattr(winograd, "usable", lambda *_: False)
+    network(x, t).square().mean().backward()
+    for a, p in zip(found, network.parameters(), strict=True):
+        assert (a - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-8
