@@ -9,7 +9,7 @@
 // adjoint of the formula, G' [(B' d B) . (A dy A')] G, with a sum over tiles.
 //
 // Arrays: images [B, H, W, C], padded with zeros by one pixel; weights by the strides of [outputs, inputs, 3, 3].
-// Channels come in multiples of COLUMNS. No result depends on the number of threads.
+// Channels come in multiples of COLUMNS. The number of threads changes nothing but the last digits of weights' gradients.
 
 #include <omp.h>
 #include <string.h>
@@ -26,6 +26,10 @@ constexpr long COLUMNS = 2 * LANES;  // ROWS x COLUMNS of a product are summed i
 constexpr long POINTS = 36;
 constexpr long MOST = 24;     // tiles; see `tiles_at_once`
 constexpr long GAP = 16;  // between the matrices of two points, which else lie in the same lines of the cache
+
+#ifndef SUMS  // a test asks for less
+#define SUMS (256L << 20)  // bytes that a gradient of weights keeps its sums in, at most
+#endif
 
 typedef float Floats __attribute__((vector_size(BYTES)));
 
@@ -135,13 +139,15 @@ void inputs_to_points(const Shape &s, const float *x, float *points, long stride
     }
 }
 
-void gradients_to_points(const Shape &s, const float *dy, float *points, long stride, long first, long count) {
+// Of channels [from, to) of the output, which alone are in `points`.
+void gradients_to_points(const Shape &s, const float *dy, float *points, long stride, long first, long count, long from,
+                         long to) {
     const long C = s.outputs;
     for (long t = 0; t < count; t++) {
         const Tile tile(s, first + t);
         const float *corner = dy + ((tile.image * s.H + tile.y) * s.W + tile.x) * C;
         const long rows = s.H - tile.y, columns = s.W - tile.x;
-        for (long c = 0; c < C; c += LANES) {
+        for (long c = from; c < to; c += LANES) {
             Floats half[6][4], line[6];
             for (long i = 0; i < 4; i++) {
                 for (long j = 0; j < 4; j++)
@@ -150,7 +156,7 @@ void gradients_to_points(const Shape &s, const float *dy, float *points, long st
             }
             for (long j = 0; j < 6; j++) {
                 back_adjoint(half[j], line, 1);
-                for (long i = 0; i < 6; i++) store(points + (i * 6 + j) * stride + t * C + c, line[i]);
+                for (long i = 0; i < 6; i++) store(points + (i * 6 + j) * stride + t * (to - from) + c - from, line[i]);
             }
         }
     }
@@ -297,32 +303,50 @@ void forward(const float *x, const float *weights, const float *bias, float *y, 
     }
 }
 
-// dg, by its strides; `scratch` has room(at_once, ...), `sums` for [point][output][input].
+// How many parts the threads' sums over tiles are kept in: one for each thread, as far as memory goes.
+long parts(long inputs, long outputs, int threads) {
+    const long most = SUMS / (POINTS * inputs * outputs * (long)sizeof(float));
+    return most < 1 ? 1 : least(threads, most);
+}
+
+// dg, by its strides; `scratch` has room(at_once, ...) for each thread, `sums` [part][point][output][input].
+//
+// A part of the tiles belongs to one thread, or to several that share the outputs.
 void weight_gradient(const float *x, const float *dy, float *dg, float *scratch, float *sums, const long *strides, long B,
                      long H, long W, long inputs, long outputs, long at_once, int threads) {
     const Shape s{B, H, W, inputs, outputs};
-    const long tiles = s.tiles(), d_stride = at_once * inputs + GAP, m_stride = at_once * outputs + GAP;
-    const long panels = inputs / COLUMNS;
-    float *d = scratch, *m = scratch + POINTS * d_stride;
+    const long kept = parts(inputs, outputs, threads), size = POINTS * inputs * outputs;
+    const long sharing = least(threads / kept, outputs / LANES);
+    const long tiles = (s.tiles() + kept - 1) / kept, slice = (outputs / LANES + sharing - 1) / sharing * LANES;
 #pragma omp parallel num_threads(threads)
     {
-        for (long first = 0; first < tiles; first += at_once) {
-            const long count = least(at_once, tiles - first);
 #pragma omp for schedule(static)
-            for (long t = 0; t < count; t++) {
-                inputs_to_points(s, x, d + t * inputs, d_stride, first + t, 1);
-                gradients_to_points(s, dy, m + t * outputs, m_stride, first + t, 1);
-            }
-#pragma omp for schedule(static)
-            for (long job = 0; job < POINTS * panels; job++) {
-                const long point = job / panels, c = job % panels * COLUMNS;
-                const float *a = m + point * m_stride, *b = d + point * d_stride + c;
-                float *sum = sums + point * outputs * inputs + c;
-                long o = 0;
-                for (; o + ROWS <= outputs; o += ROWS)
-                    product_over_rows<ROWS>(a + o, outputs, b, inputs, sum + o * inputs, inputs, count, first > 0);
-                for (; o < outputs; o += 2)
-                    product_over_rows<2>(a + o, outputs, b, inputs, sum + o * inputs, inputs, count, first > 0);
+        for (long job = 0; job < kept * sharing; job++) {
+            const long part = job / sharing, begin = least(part * tiles, s.tiles()), end = least(begin + tiles, s.tiles());
+            const long from = least(job % sharing * slice, outputs), to = least(from + slice, outputs), some = to - from;
+            float *d = scratch + omp_get_thread_num() * room(at_once, inputs, outputs);
+            const long d_stride = at_once * inputs + GAP, m_stride = at_once * some + GAP;
+            float *m = d + POINTS * d_stride, *sum = sums + part * size;
+            if (begin == end)
+                for (long point = 0; point < POINTS; point++)
+                    memset(sum + (point * outputs + from) * inputs, 0, some * inputs * sizeof(float));
+            for (long first = begin; first < end; first += at_once) {
+                const long count = least(at_once, end - first);
+                inputs_to_points(s, x, d, d_stride, first, count);
+                gradients_to_points(s, dy, m, m_stride, first, count, from, to);
+                for (long point = 0; point < POINTS; point++)
+                    for (long c = 0; c < inputs; c += COLUMNS) {
+                        const float *a = m + point * m_stride, *b = d + point * d_stride + c;
+                        float *into = sum + (point * outputs + from) * inputs + c;
+                        const bool added = first > begin;
+                        long o = 0;
+                        for (; o + ROWS <= some; o += ROWS)
+                            product_over_rows<ROWS>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                        for (; o + 4 <= some; o += 4)
+                            product_over_rows<4>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                        for (; o < some; o += 2)
+                            product_over_rows<2>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                    }
             }
         }
 #pragma omp for schedule(static)
@@ -330,7 +354,11 @@ void weight_gradient(const float *x, const float *dy, float *dg, float *scratch,
             for (long c = 0; c < inputs; c += LANES) {
                 Floats half[6][3], line[6], out[3];
                 for (long i = 0; i < 6; i++) {
-                    for (long j = 0; j < 6; j++) line[j] = load(sums + ((i * 6 + j) * outputs + o) * inputs + c);
+                    for (long j = 0; j < 6; j++) {
+                        const float *sum = sums + ((i * 6 + j) * outputs + o) * inputs + c;
+                        line[j] = load(sum);
+                        for (long part = 1; part < kept; part++) line[j] += load(sum + part * size);
+                    }
                     weigh_adjoint(line, half[i], 1);
                 }
                 for (long j = 0; j < 3; j++) {

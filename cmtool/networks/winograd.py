@@ -19,7 +19,7 @@ from cmtool import compiled
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FILLED = 0.6  # of the tiles' pixels, at least, are the image's: where fewer are, too much is computed for nothing
 _FEWEST = 16  # tiles: for fewer, the weights' 36 points are not worth computing
-_TILES = 96  # at once in a gradient of weights: their points are shared by all threads
+_TILES = 48  # at once in a gradient of weights
 
 
 def usable(x: Tensor, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
@@ -61,16 +61,20 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of `forward`'s weight; x: [B, C, H, W], dy: [B, outputs, H, W]."""
-    lib = _library()
+    """The gradient of `forward`'s weight; x: [B, C, H, W], dy: [B, outputs, H, W].
+
+    The order of its sums, hence the last digits, follow from the number of threads.
+    """
+    lib, threads = _library(), torch.get_num_threads()
     x, dy = _laid_out(x), _laid_out(dy)
     batch, channels, height, width = x.shape
-    sizes = (batch, height, width, channels, dy.shape[1])
+    outputs = dy.shape[1]
     gradient = torch.empty_like(weight)
-    scratch = torch.empty(lib.room(_TILES, channels, dy.shape[1]))
-    sums = torch.empty(36, channels, dy.shape[1])
+    scratch = torch.empty(threads, lib.room(_TILES, channels, outputs))
+    sums = torch.empty(lib.parts(channels, outputs, threads), 36, outputs, channels)
     addresses = [tensor.data_ptr() for tensor in (x, dy, gradient, scratch, sums)]
-    lib.weight_gradient(*addresses, _four(gradient.stride()), *sizes, _TILES, torch.get_num_threads())
+    sizes = (batch, height, width, channels, outputs)
+    lib.weight_gradient(*addresses, _four(gradient.stride()), *sizes, _TILES, threads)
     return gradient
 
 
@@ -118,6 +122,7 @@ def library() -> ctypes.CDLL | None:
         ("channels", [], number),
         ("tiles_at_once", [*[number] * 3, threads], number),
         ("room", [number] * 3, number),
+        ("parts", [number, number, threads], number),
         ("weights", [address, strides, address, number, number, threads], None),
         ("forward", [*[address] * 5, *[number] * 6, threads], None),
         ("weight_gradient", [*[address] * 5, strides, *[number] * 6, threads], None),
