@@ -237,8 +237,14 @@ long least(long a, long b) { return a < b ? a : b; }
 
 extern "C" {
 
-// What the numbers of channels are multiples of.
-long channels() { return COLUMNS; }
+// What the numbers of channels are multiples of; 0 for processors where nobody has seen this gain anything.
+long channels() {
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+    return COLUMNS;
+#else
+    return 0;
+#endif
+}
 
 // How many tiles a thread takes through all of `forward` at a time: enough to be worth fetching the weights for, few
 // enough for their points to stay in its cache, and no more than there are for it.

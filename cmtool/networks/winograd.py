@@ -112,7 +112,7 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library with the types of its functions; None where there is none to be had."""
+    """The compiled library with the types of its functions; None where there is none to be had, or none worth having."""
     lib = compiled.library(_SOURCE)
     if lib is None:
         return None
@@ -129,4 +129,4 @@ def library() -> ctypes.CDLL | None:
     ):
         function = getattr(lib, name)
         function.argtypes, function.restype = takes, gives
-    return lib
+    return lib if lib.channels() else None

@@ -131,6 +131,11 @@ def test_any_width_of_vectors(monkeypatch, flags):
         assert distance(a, b) < 1e-5
 
 
+def test_processors_without_wide_vectors_go_without(monkeypatch):
+    monkeypatch.setenv("CXX", "c++ -mno-avx512f -mno-avx2 -mno-fma")
+    assert winograd.library.__wrapped__() is None
+
+
 def test_who_gets_it():
     x, weight, *_ = given(2, 1, 1, 16, 16)
     assert winograd.usable(x, weight, ONES, ONES)
