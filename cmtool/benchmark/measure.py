@@ -58,7 +58,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What the machine does of the arithmetic that the network is made of, in FLOP/s.
+    """What the machine does of the arithmetic that the network is made of by torch's own operations, in FLOP/s.
 
     Args:
         dtype: of the numbers.
@@ -113,7 +113,7 @@ class Result:
 
     @property
     def share(self) -> float:
-        """Our FLOP/s over the ceiling; what counts is in `Calls`."""
+        """Our FLOP/s over the ceiling; what counts is in `Calls`. Above 1 where `networks.winograd` multiplies less."""
         return self.row.calls.passes * self.flops * self.ours.rate / self.ceiling
 
 

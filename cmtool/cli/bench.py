@@ -63,8 +63,9 @@ def bench(
     """Measure training steps and sampling on this machine.
 
     Beside each, in turn within one run, the same method in plain PyTorch around diffusers' UNet2DModel of the same
-    weights, and what the machine reaches of pure convolutions of the network's shapes. Images a second are
-    medians; the spread is that of all rounds. Measure on a machine that does nothing else.
+    weights, and what the machine reaches of torch's pure convolutions of the network's shapes: the ceiling, which
+    float32 on a CPU may pass, by convolutions of fewer multiplications. Images a second are medians; the spread is
+    that of all rounds. Measure on a machine that does nothing else.
     """
     if quick and rows is not None:
         raise UsageError("--quick and --rows do not go together", "give one of the two")
