@@ -24,7 +24,7 @@ constexpr long BYTES = 32, ROWS = 6;
 constexpr long LANES = BYTES / 4;
 constexpr long COLUMNS = 2 * LANES;  // ROWS x COLUMNS of a product are summed in registers
 constexpr long POINTS = 36;
-constexpr long MOST = 24;     // tiles; see `tiles_at_once`
+constexpr long MOST = 24;  // tiles; see `tiles_at_once`
 constexpr long GAP = 16;  // between the matrices of two points, which else lie in the same lines of the cache
 
 #ifndef SUMS  // a test asks for less
