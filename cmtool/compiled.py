@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cmtool import cache
 
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-O2", "-march=native", "-fopenmp", "-pthread", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 _SECONDS = 120  # a compiler that has not come back by then does not
 
 

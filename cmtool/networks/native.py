@@ -1,6 +1,6 @@
 """`native.cpp`: the chain norm, SiLU and dropout in one pass on a CPU.
 
-Compiling it (`cmtool.compiled`) takes about two seconds, once. Where it cannot be had everything is computed by torch's
+Compiling it (`cmtool.compiled`) takes a second or two, once. Where it cannot be had everything is computed by torch's
 own operations, which is slower and gives the same numbers to rounding.
 """
 
