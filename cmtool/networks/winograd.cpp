@@ -186,48 +186,31 @@ void points_to_outputs(const Shape &s, const float *points, const float *bias, f
 
 // --- products of matrices ---------------------------------------------------------------------------------------------
 
-// m [ROWS, COLUMNS] = a [ROWS, depth] b [depth, COLUMNS]
-inline void product(const float *a, long a_stride, const float *b, float *m, long m_stride, long depth) {
-    Floats sum[ROWS][2] = {};
-    for (long d = 0; d < depth; d++) {
-        Floats left = load(b + d * COLUMNS), right = load(b + d * COLUMNS + LANES);
-#pragma GCC unroll 12
-        for (long r = 0; r < ROWS; r++) {
-            sum[r][0] += a[r * a_stride + d] * left;
-            sum[r][1] += a[r * a_stride + d] * right;
-        }
-    }
-#pragma GCC unroll 12
-    for (long r = 0; r < ROWS; r++) {
-        store(m + r * m_stride, sum[r][0]);
-        store(m + r * m_stride + LANES, sum[r][1]);
-    }
-}
-
-// m [R, COLUMNS] = a [depth, R]' b [depth, COLUMNS], or that added to it.
+// m [R, COLUMNS] = a [R, depth] b [depth, COLUMNS], or that added to it. A step goes along the depth; always inlined, so
+// that what is constant where it is called (a step of 1) is so here.
 template <long R>
-inline void product_over_rows(const float *a, long a_stride, const float *b, long b_stride, float *m, long m_stride,
-                              long depth, bool added) {
+inline __attribute__((always_inline)) void product(const float *a, long a_row, long a_step, const float *b, long b_step,
+                                                   float *m, long m_row, long depth, bool added) {
     Floats sum[R][2] = {};
     if (added) {
 #pragma GCC unroll 12
         for (long r = 0; r < R; r++) {
-            sum[r][0] = load(m + r * m_stride);
-            sum[r][1] = load(m + r * m_stride + LANES);
+            sum[r][0] = load(m + r * m_row);
+            sum[r][1] = load(m + r * m_row + LANES);
         }
     }
     for (long d = 0; d < depth; d++) {
-        Floats left = load(b + d * b_stride), right = load(b + d * b_stride + LANES);
+        Floats left = load(b + d * b_step), right = load(b + d * b_step + LANES);
 #pragma GCC unroll 12
         for (long r = 0; r < R; r++) {
-            sum[r][0] += a[d * a_stride + r] * left;
-            sum[r][1] += a[d * a_stride + r] * right;
+            sum[r][0] += a[r * a_row + d * a_step] * left;
+            sum[r][1] += a[r * a_row + d * a_step] * right;
         }
     }
 #pragma GCC unroll 12
     for (long r = 0; r < R; r++) {
-        store(m + r * m_stride, sum[r][0]);
-        store(m + r * m_stride + LANES, sum[r][1]);
+        store(m + r * m_row, sum[r][0]);
+        store(m + r * m_row + LANES, sum[r][1]);
     }
 }
 
@@ -303,8 +286,8 @@ void forward(const float *x, const float *weights, const float *bias, float *y, 
         for (long point = 0; point < POINTS; point++)
             for (long o = 0; o < outputs; o += COLUMNS)
                 for (long t = 0; t < count; t += ROWS)  // rows after the last tile are computed and not looked at
-                    product(d + point * d_stride + t * inputs, inputs, weights + (point * outputs + o) * inputs,
-                            m + point * m_stride + t * outputs + o, outputs, inputs);
+                    product<ROWS>(d + point * d_stride + t * inputs, inputs, 1, weights + (point * outputs + o) * inputs,
+                                  COLUMNS, m + point * m_stride + t * outputs + o, outputs, inputs, false);
         points_to_outputs(s, m, bias, y, m_stride, first, count);
     }
 }
@@ -347,11 +330,11 @@ void weight_gradient(const float *x, const float *dy, float *dg, float *scratch,
                         const bool added = first > begin;
                         long o = 0;
                         for (; o + ROWS <= some; o += ROWS)
-                            product_over_rows<ROWS>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<ROWS>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
                         for (; o + 4 <= some; o += 4)
-                            product_over_rows<4>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<4>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
                         for (; o < some; o += 2)
-                            product_over_rows<2>(a + o, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<2>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
                     }
             }
         }
