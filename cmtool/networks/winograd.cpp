@@ -192,19 +192,19 @@ template <long R>
 inline __attribute__((always_inline)) void product(const float *a, long a_row, long a_step, const float *b, long b_step,
                                                    float *m, long m_row, long depth, bool added) {
     Floats sum[R][2] = {};
-    if (added) {
-#pragma GCC unroll 12
-        for (long r = 0; r < R; r++) {
-            sum[r][0] = load(m + r * m_row);
-            sum[r][1] = load(m + r * m_row + LANES);
-        }
-    }
     for (long d = 0; d < depth; d++) {
         Floats left = load(b + d * b_step), right = load(b + d * b_step + LANES);
 #pragma GCC unroll 12
         for (long r = 0; r < R; r++) {
             sum[r][0] += a[r * a_row + d * a_step] * left;
             sum[r][1] += a[r * a_row + d * a_step] * right;
+        }
+    }
+    if (added) {  // at the end: sums of sums have fewer roundings than one long sum
+#pragma GCC unroll 12
+        for (long r = 0; r < R; r++) {
+            sum[r][0] += load(m + r * m_row);
+            sum[r][1] += load(m + r * m_row + LANES);
         }
     }
 #pragma GCC unroll 12
