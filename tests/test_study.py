@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -46,6 +48,35 @@ def test_a_row_is_a_whole_run_of_the_same_study(run):
     other = json.loads((run.parent / "edm" / "quality.json").read_text())
     assert [quality[part] for part in ("reference", "features")] == [other[part] for part in ("reference", "features")]
     assert quality["samples"]["count"] == other["samples"]["count"]
+
+
+@pytest.mark.parametrize(
+    ("only", "trained"),
+    [("ct", {"ct"}), ("tcm,flow-ct", {"tcm", "flow-ct", "ect", "edm"}), ("cd", {"cd", "edm"}), ("edm", {"edm"})],
+)
+def test_only_some_rows_and_what_they_start_from(monkeypatch, tmp_path, only, trained):
+    study = runpy.run_path(str(STUDY / "study.py"), run_name="study")
+    (tmp_path / "judge.pt2").touch()
+    options = argparse.Namespace(out=tmp_path, seeds="0,1", only=only)
+    done = []
+    monkeypatch.setattr(study["Study"], "row", lambda self, row, seed: done.append((row.name, seed)))
+    study["Study"](options).run()
+    assert {name for name, _ in done} == trained
+    assert len(done) == sum(1 if name == "edm" else 2 for name in trained)
+    for place, (name, seed) in enumerate(done):
+        rows = {row.name: row for row in (*study["TEACHERS"], *study["ROWS"])}
+        for parent in filter(None, (rows[name].teacher, rows[name].init)):
+            assert (parent, 0 if parent == "edm" else seed) in done[:place]
+
+
+def test_a_row_that_is_not_there(tmp_path):
+    command = [sys.executable, STUDY / "study.py", "--out", tmp_path / "new", "--data", tmp_path, "--test", tmp_path]
+    done = subprocess.run([*command, "--only", "ct,cdd"], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    error, hint = done.stderr.splitlines()
+    assert error == "error: there is no row 'cdd'"
+    assert hint.startswith("hint: the rows are edm, ct, ")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_readme_says_what_the_table_says():

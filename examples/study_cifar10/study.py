@@ -110,18 +110,20 @@ class Study:
 
     def run(self) -> None:
         """Everything that is not there yet."""
+        names = [row.name for row in (*TEACHERS, *ROWS)]
+        wanted = needed(self.options.only.split(",")) if self.options.only else names
         self.out.mkdir(parents=True, exist_ok=True)
         if not self.judge.exists():
             script = HERE.parent / "cifar_judge.py"
             ask = ("--data", self.images("data"), "--resolution", str(self.options.resolution), "--out", self.judge)
             short = ("--epochs", "1", "--limit", "512") if self.options.short else ("--test", self.images("test"))
             subprocess.run([sys.executable, script, *ask, *short], check=True)
-        wanted = self.options.only.split(",") if self.options.only else None
         for row in TEACHERS:
-            self.row(row, 0)
+            if row.name in wanted:
+                self.row(row, 0)
         for seed in self.seeds:
             for row in ROWS:
-                if wanted is None or row.name in wanted:
+                if row.name in wanted:
                     self.row(row, seed)
 
     def row(self, row: Row, seed: int) -> None:
@@ -304,6 +306,20 @@ def _pasted(pictures: list[tuple[int, int, Image.Image]]) -> Image.Image:
     return whole
 
 
+def needed(names: Sequence[str]) -> list[str]:
+    """Those rows and the ones they learn or start from."""
+    rows = {row.name: row for row in (*TEACHERS, *ROWS)}
+    found: list[str] = []
+    ahead = list(names)
+    while ahead:
+        name = ahead.pop()
+        if name not in rows:
+            raise SystemExit(f"error: there is no row {name!r}\nhint: the rows are {', '.join(rows)}")
+        found.append(name)
+        ahead += [one for one in (rows[name].teacher, rows[name].init) if one]
+    return found
+
+
 def last_line(folder: Path) -> dict:
     """The last of metrics.jsonl."""
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -326,7 +342,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="samples that are judged")
     parser.add_argument("--resolution", type=int, default=16, help="of the images; 16 is for 2 cores")
     parser.add_argument("--seeds", default="0,1")
-    parser.add_argument("--only", help="methods, separated by commas")
+    parser.add_argument("--only", help="methods, separated by commas; what they start from is trained, too")
     parser.add_argument("--store", type=Path, help="copy the run folders there without weights; trains nothing")
     parser.add_argument("--table", action="store_true", help="only the tables")
     parser.add_argument("--short", action="store_true", help="a few steps of each: does everything run?")
