@@ -103,7 +103,7 @@ def train(
             step += 1
         seconds = time.monotonic() - start
         print(f"epoch {epoch + 1}/{epochs}, loss {float(loss.detach()):.3f}, {seconds:.0f} s", flush=True)
-    return model.eval().cpu()
+    return model.eval().cpu().to(memory_format=torch.contiguous_format)  # as exporting wants them
 
 
 @torch.inference_mode()
