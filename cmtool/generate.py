@@ -244,6 +244,7 @@ def inpaint(
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
     batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Make the masked pixels of images new; the others stay exactly as they are.
 
@@ -252,7 +253,7 @@ def inpaint(
         images: float32 [B, C, H, W] in [-1, 1]; one image serves all seeds.
         masks: bool [B, 1, H, W] or [1, H, W], true where to make new pixels.
         seeds: one result each; default 0 to B-1.
-        labels, times, steps: see `edit`.
+        labels, times, steps, progress: see `edit`.
         batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1].
@@ -269,7 +270,7 @@ def inpaint(
     def part(at: slice, seeds: list[int]) -> Tensor:
         op = Mask(_rows(masks, at).to(model.device))
         known = op.A(_rows(images, at).to(model.device))
-        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps, progress=progress)
 
     made = edited(model, max(len(images), len(masks)), seeds, batch, part).to(images)
     # Through the [-1, 1] clamp of other pixels the known ones could only lose: put them back as they came.
@@ -286,13 +287,14 @@ def colorize(
     steps: int | None = None,
     weights: tuple[float, float, float] = Luma.weights,
     batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Colour grey images; the luma stays.
 
     Args:
         images: float32 [B, 1 or 3, H, W] in [-1, 1]; of a colour image only the luma is used.
         weights: of R, G and B in the luma.
-        seeds, labels, times, steps: see `edit`.
+        seeds, labels, times, steps, progress: see `edit`.
         batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), 3, H, W] in [-1, 1].
@@ -306,7 +308,7 @@ def colorize(
 
     def part(at: slice, seeds: list[int]) -> Tensor:
         known = op.A(_rows(images, at).to(model.device))
-        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps, progress=progress)
 
     return edited(model, len(images), seeds, batch, part)
 
@@ -321,12 +323,13 @@ def superres(
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
     batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Enlarge images; the mean of every factor x factor block is the small image's pixel.
 
     Args:
         images: float32 [B, C, H / factor, W / factor] in [-1, 1], H and W the model's resolution.
-        seeds, labels, times, steps: see `edit`.
+        seeds, labels, times, steps, progress: see `edit`.
         batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1].
@@ -337,7 +340,9 @@ def superres(
     op = AvgPool(factor)
 
     def part(at: slice, seeds: list[int]) -> Tensor:
-        return edit(model, op, _rows(images, at), seeds=seeds, labels=labels, times=times, steps=steps)
+        return edit(
+            model, op, _rows(images, at), seeds=seeds, labels=labels, times=times, steps=steps, progress=progress
+        )
 
     return edited(model, len(images), seeds, batch, part)
 
@@ -353,13 +358,14 @@ def deblur(
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
     batch: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sharpen images whose blur is known; blurred again they are the images given, as far as it left anything.
 
     Args:
         images: float32 [B, C, H, W] in [-1, 1], convolved with `kernel` around the edges.
         kernel, floor: see `editing.Blur`.
-        seeds, labels, times, steps: see `edit`.
+        seeds, labels, times, steps, progress: see `edit`.
         batch: images at once, as `generate`.
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1].
@@ -369,7 +375,7 @@ def deblur(
 
     def part(at: slice, seeds: list[int]) -> Tensor:
         known = op.A(op.pinv(_rows(images, at).to(model.device)))  # rounding is not of what a blur makes
-        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps)
+        return edit(model, op, known, seeds=seeds, labels=labels, times=times, steps=steps, progress=progress)
 
     return edited(model, len(images), seeds, batch, part)
 
@@ -383,6 +389,7 @@ def edit(
     labels: Sequence[int] | int | None = None,
     times: Sequence[float] | Tensor | None = None,
     steps: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Zero-shot editing with any linear operator, of all images at once.
 
@@ -397,6 +404,8 @@ def edit(
         labels: see `labels_for`.
         times: decreasing path times; default the model's whole grid without t_min, as in the paper.
         steps: that many points of the grid instead, evenly spread.
+        progress: told after each network call how many there have been (where images come in several batches: for
+            this one).
     Returns:
         float32 [len(seeds), C, H, W] in [-1, 1] with op.A(result) = known as closely as the range allows.
     """
@@ -424,6 +433,8 @@ def edit(
     constrain = partial(project, op, y=known)
     for state in run_sampler(model, start, points, noise=noise, constrain=constrain, labels=wanted):
         x = state.denoised
+        if progress is not None:
+            progress(state.step)
     with torch.inference_mode():
         made = to_range(op, x, known)
     return made.to("cpu", copy=True)  # an ordinary tensor, outside of inference mode

@@ -50,7 +50,7 @@ class Edit:
     """An edit of one image.
 
     Args:
-        call: (model, seeds=, labels=, times=, steps=, batch=) -> float32 [len(seeds), C, H, W].
+        call: (model, seeds=, labels=, times=, steps=, batch=, progress=) -> float32 [len(seeds), C, H, W].
         shown: what is known, as a picture; uint8 [C, h, w].
         op: what is known of an image, and
         known: that it is; floats of images in [-1, 1].
@@ -193,31 +193,44 @@ def _answer(
     labels: list[int] | None,
 ) -> list[dict[str, Any]]:
     """Compute and write the answers for one image; what is said of each."""
-    from cmtool.generate import Generated, in_batches, labels_for
+    from cmtool.generate import Generated, edit_times, in_batches, labels_for
 
     card = model.card
     height, width = edit.op.pinv(edit.known).shape[-2:]
     if max(height, width) > card.resolution:
         console.note(f"the result is {width}x{height}, made of tiles of {card.resolution}x{card.resolution}")
     times = None if request.times is None else options.parse_times(request.times)
-
-    def make(at: slice) -> Generated:
-        part = seeds[at]
-        made = edit.call(model, seeds=part, labels=labels, times=times, steps=request.steps, batch=len(part))
-        return Generated(part, labels_for(model, part, labels), made, 0)
-
-    made = in_batches(model, len(seeds), make, batch=request.batch)
+    calls = len(edit_times(model, request.steps) if times is None else times)
     on_stdout = not request.as_json and request.compare != "-"
     described, answers = [], []
     targets = images.places(request.out, seeds)
-    for entry, image in images.save(title, made, seeds, targets, on_stdout=on_stdout):
-        entry |= {"constraint_error": round(edit.error(image), 3), **_likeness(image, truth, alike)}
-        if truth is not None:
-            known = ("psnr", "ssim", "lpips", "constraint_error")
-            told = ", ".join(f"{name} {entry[name]:.4g}" for name in known if entry.get(name) is not None)
-            console.note(f"seed {entry['seed']}: {told}")
-        described.append({"image": request.image, **entry})
-        answers.append(image)
+    # By calls: tiles of a large image can take minutes each.
+    with console.progress(f"{title} (calls)", calls * len(seeds)) as update:
+
+        def make(at: slice) -> Generated:
+            part = seeds[at]
+            made = edit.call(
+                model,
+                seeds=part,
+                labels=labels,
+                times=times,
+                steps=request.steps,
+                batch=len(part),
+                progress=lambda call: update(calls * at.start + len(part) * call),
+            )
+            return Generated(part, labels_for(model, part, labels), made, 0)
+
+        made = in_batches(model, len(seeds), make, batch=request.batch)
+        for entry, image in images.save(
+            title, made, seeds, targets, on_stdout=on_stdout, update=lambda done, text="": update(calls * done, text)
+        ):
+            entry |= {"constraint_error": round(edit.error(image), 3), **_likeness(image, truth, alike)}
+            if truth is not None:
+                known = ("psnr", "ssim", "lpips", "constraint_error")
+                told = ", ".join(f"{name} {entry[name]:.4g}" for name in known if entry.get(name) is not None)
+                console.note(f"seed {entry['seed']}: {told}")
+            described.append({"image": request.image, **entry})
+            answers.append(image)
     if request.compare is not None:
         _compare(request.compare, edit, truth, answers, seeds)
     return described

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,7 +162,13 @@ def labels(model: FlowMap, text: str | None) -> list[int] | None:
 
 
 def save(
-    title: str, made: Iterable[Generated], seeds: Sequence[int], targets: Sequence[str | None], *, on_stdout: bool
+    title: str,
+    made: Iterable[Generated],
+    seeds: Sequence[int],
+    targets: Sequence[str | None],
+    *,
+    on_stdout: bool,
+    update: console.Update | None = None,
 ) -> Iterator[tuple[dict[str, Any], Tensor]]:
     """Write images as they are made, each batch while the next one is computed.
 
@@ -171,6 +178,7 @@ def save(
         made: batches in the order of `seeds`.
         targets: a place for each seed; None: not written by itself.
         on_stdout: print the path of each file, as a result of the command.
+        update: what shows how many images are done, where it is shown already; else it is shown here.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -189,7 +197,7 @@ def save(
     # One thread: several would wait for each other, as Pillow encodes under Python's lock, and lose the order.
     writer = ThreadPoolExecutor(1, "writer")
     try:
-        with console.progress(title, len(seeds)) as update:
+        with console.progress(title, len(seeds)) if update is None else nullcontext(update) as show:
             for batch in _and_error(made):
                 yield from written()
                 waiting = []
@@ -208,7 +216,7 @@ def save(
                         write_image(target, image)
                     writing = None if target in (None, "-") else writer.submit(write_image, str(target), image)
                     waiting.append(({"path": target, "seed": seed, "label": label}, image, writing))
-                update(done)
+                show(done)
             yield from written()
     finally:
         writer.shutdown(cancel_futures=True)

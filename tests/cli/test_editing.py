@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cmtool.cli import console
 from cmtool.io import checkpoint
 from cmtool.training.distances import LPIPS
 from tests.models import trunk
@@ -289,6 +291,27 @@ def test_larger_images_are_made_of_tiles(cli, student, inputs, task):
     assert json.loads(result.stdout)["images"][0]["constraint_error"] <= 0.75
     if task == "inpaint":
         assert np.array_equal(made[mask == 0], image[mask == 0])
+
+
+@pytest.mark.parametrize("task", EDITS)
+def test_every_network_call_is_shown(cli, student, inputs, monkeypatch, task):
+    """Of large images one takes a while: progress by images would show nothing until the end."""
+    shown = []
+
+    @contextmanager
+    def progress(title, total):
+        yield lambda done, text="": shown.append((title, done, total))
+
+    monkeypatch.setattr(console, "progress", progress)
+    (inputs / "small.png").write_bytes(png(np.full((4, 4, 3), 90)))
+    options = [str(inputs / word) if word.endswith(".png") else word for word in EDITS[task]]
+    ask = (task, "--model", student, *options, "--seeds", "0-2", "--batch", 2, "--out", inputs / "out")
+    assert cli(*ask, "--steps", 3).code == 0
+    assert [done for _, done, _ in shown] == [2, 4, 6, 6, 7, 8, 9, 9]  # two images at once, then one
+    assert {(title, total) for title, _, total in shown} == {(f"{task} (calls)", 9)}
+    shown.clear()
+    assert cli(*ask, "--times", "40,1").code == 0
+    assert [done for _, done, _ in shown] == [2, 4, 4, 5, 6, 6]
 
 
 def test_strokes(cli, student, inputs):
