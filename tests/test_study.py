@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 STUDY = Path(__file__).parents[1] / "examples" / "study_cifar10"
-KEPT = [STUDY / "kept", STUDY / "kept-32"]
+KEPT = [STUDY / "kept", STUDY / "kept-32", STUDY / "kept-again"]
 RUNS = sorted(file.parent for kept in KEPT for file in kept.glob("*/quality.json"))
 
 
