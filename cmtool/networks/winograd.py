@@ -1,8 +1,8 @@
 """`winograd.cpp`: convolutions of 3x3 pixels in float32 on a CPU, with a quarter of the multiplications.
 
 Winograd's minimal filtering F(4x4, 3x3), after Lavin and Gray 2016 (arXiv:1509.09308). Its rounding errors are two to
-four times those of torch's direct sums: 8e-7 of the values instead of 4e-7 over 128 channels, in gradients of weights 5e-7
-to 9e-7 instead of 1e-7 to 6e-7. Where the library cannot be had, or does not gain, torch computes the same.
+four times those of torch's direct sums: 8e-7 of the values instead of 4e-7 over 128 channels, in gradients of weights
+5e-7 to 9e-7 instead of 1e-7 to 6e-7. Where the library cannot be had, or does not gain, torch computes the same.
 """
 
 from __future__ import annotations
