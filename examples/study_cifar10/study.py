@@ -356,7 +356,9 @@ def main() -> None:
         return
     if not options.table:
         if not (options.data and options.test):
-            raise SystemExit("--data and --test: the folders of the images")
+            raise SystemExit(
+                "error: there are no images to learn from\nhint: name their folders with --data and --test"
+            )
         study.run()
     study.table()
 

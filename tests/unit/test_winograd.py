@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(winograd.library() is None, reason="no compiler 
 
 ONES = (1, 1)
 WIDTH = 32  # channels that fit vectors of any width, so that errors are the same on every processor
-LARGEST = 2e-5  # error of one number, in units of the numbers' size
 # Images, channels in and out in multiples of WIDTH, height and width.
 SHAPES = [(4, 1, 1, 8, 8), (3, 2, 3, 7, 9), (40, 3, 1, 4, 4), (2, 1, 2, 16, 5), (1, 4, 2, 32, 32), (17, 1, 1, 3, 4)]
 
@@ -52,17 +51,17 @@ def test_it_is_the_convolution_and_its_gradients(shape, last):
     out, dx, dweight, _ = wide(x, weight, bias, grad)
     found = winograd.forward(x, weight, bias)
     assert found.is_contiguous(memory_format=torch.channels_last)
-    assert distance(found, out) < LARGEST
-    assert distance(winograd.forward(x, weight), out - bias.double()[:, None, None]) < LARGEST
-    assert distance(winograd.input_gradient(grad, weight), dx) < LARGEST
+    assert distance(found, out) < 1e-5
+    assert distance(winograd.forward(x, weight), out - bias.double()[:, None, None]) < 1e-5
+    assert distance(winograd.input_gradient(grad, weight), dx) < 1e-5
     gradient = winograd.weight_gradient(x, grad, weight)
     assert gradient.stride() == weight.stride()
-    assert distance(gradient, dweight) < LARGEST
+    assert distance(gradient, dweight) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(8, 4, 4, 16, 16), (32, 1, 1, 32, 32)], ids=["channels", "tiles"])
+@pytest.mark.parametrize("shape", [(8, 2, 2, 16, 16), (8, 4, 4, 16, 16), (32, 1, 1, 32, 32)])
 def test_its_errors_are_a_few_roundings(shape):
-    """On average within four times those of torch's own sums, over many channels and over many tiles."""
+    """On average within three times those of torch's own sums, over many channels and over many tiles."""
     x, weight, bias, grad = given(*shape)
     out, dx, dweight, _ = wide(x, weight, bias, grad)
     ours = (winograd.forward(x, weight, bias), winograd.input_gradient(grad, weight))
@@ -71,7 +70,7 @@ def test_its_errors_are_a_few_roundings(shape):
     theirs = (torchs.detach(), *torch.autograd.grad(torchs, leaves[:2], grad))
     ours = (*ours, winograd.weight_gradient(x.detach(), grad, weight.detach()))
     for a, b, exact in zip(ours, theirs, (out, dx, dweight), strict=True):
-        assert (a.detach() - exact).norm() < 4 * (b - exact).norm()
+        assert (a.detach() - exact).norm() < 3 * (b - exact).norm() + 1e-7 * exact.norm()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -90,7 +89,7 @@ def test_threads_change_last_digits_at_most(shape):
     for out, dx, dweight in found[1:]:
         assert torch.equal(out, found[0][0])
         assert torch.equal(dx, found[0][1])
-        assert distance(dweight, found[0][2].double()) < LARGEST
+        assert distance(dweight, found[0][2].double()) < 1e-5
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 3])
@@ -107,7 +106,7 @@ def test_threads_share_the_sums_of_a_gradient(monkeypatch, shape, kept):
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             assert other.parts(weight.shape[1], len(weight), threads) == min(max(kept, 1), threads)
-            assert distance(winograd.weight_gradient(x, grad, weight), wide(x, weight, bias, grad)[2]) < LARGEST
+            assert distance(winograd.weight_gradient(x, grad, weight), wide(x, weight, bias, grad)[2]) < 1e-5
     finally:
         torch.set_num_threads(before)
 
@@ -119,7 +118,7 @@ def test_any_width_of_vectors(monkeypatch, flags):
     other = winograd.library.__wrapped__()
     if other is None:
         pytest.skip("the compiler does not know this processor's vectors")
-    x, weight, bias, grad = given(5, 2, 4, 9, 8)
+    x, weight, bias, grad = given(5, 1, 2, 9, 8)
     expected = wide(x, weight, bias, grad)
     monkeypatch.setattr(winograd, "library", lambda: other)
     assert WIDTH % other.channels() == 0
@@ -129,7 +128,7 @@ def test_any_width_of_vectors(monkeypatch, flags):
         winograd.weight_gradient(x, grad, weight),
     )
     for a, b in zip(found, expected, strict=False):
-        assert distance(a, b) < LARGEST
+        assert distance(a, b) < 1e-5
 
 
 def test_processors_without_wide_vectors_go_without(monkeypatch):
@@ -164,9 +163,9 @@ def test_the_network_s_convolution():
     found = layers.convolve(*leaves, ONES, ONES)
     assert torch.equal(plain, found)
     assert torch.equal(plain, winograd.forward(x.detach(), weight.detach(), bias.detach()))
-    assert distance(found.detach(), out) < LARGEST
+    assert distance(found.detach(), out) < 1e-5
     for a, b in zip(torch.autograd.grad(found, leaves, grad), expected, strict=True):
-        assert distance(a, b) < LARGEST
+        assert distance(a, b) < 1e-5
 
     def twice(x, weight, bias, grad):
         first = torch.autograd.grad(layers.convolve(x, weight, bias, ONES, ONES).tanh(), x, grad, create_graph=True)
@@ -183,11 +182,11 @@ def test_the_network_s_convolution():
         moved = forward_ad.unpack_dual(dual)
     assert torch.equal(moved.primal, plain)
     change = F.conv2d(dx.double(), weight.double(), dbias.double(), padding=1)
-    assert distance(moved.tangent, change) < LARGEST
+    assert distance(moved.tangent, change) < 1e-5
     _, other = torch.func.jvp(lambda x, bias: layers.convolve(x, weight, bias, ONES, ONES), (x, bias), (dx, dbias))
-    assert distance(other, change) < LARGEST
+    assert distance(other, change) < 1e-5
     each = torch.func.vmap(lambda one: F.conv2d(one[None], weight, bias, padding=1)[0])(x)
-    assert distance(each, out) < LARGEST
+    assert distance(each, out) < 1e-5
 
 
 def test_a_network_uses_it_for_all_its_wide_convolutions(monkeypatch):
