@@ -1,17 +1,20 @@
 """C++ beside a module, compiled once by the machine's own compiler and kept in cmtool's cache.
 
-A library's name there changes with the source, the compiler, its flags and the processor. Without a compiler (`c++`, or
+A library's name there changes with the source, the compiler, its flags and the processor, and with torch where the
+source includes its headers. Without a compiler (`c++`, or
 what $CXX names), or with CMTOOL_NATIVE=0, there is none, and whoever asks for one computes the same by other means.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
 import subprocess
 import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,19 +40,60 @@ def library(source: Path) -> ctypes.CDLL | None:
 
 def made(source: Path) -> Path:
     """The library's file, made if it is not there yet."""
-    compiler = os.environ.get("CXX") or "c++"
-    told = "\0".join((compiler, *_FLAGS, platform.machine(), _processor()))
-    name = f"{source.stem}-{hashlib.sha256(source.read_bytes() + told.encode()).hexdigest()[:16]}.so"
-    file = cache.folder("native") / name
+    file, command = _plan(source)
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # Whoever comes first puts the whole file in its place; two at once make the same one.
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            new = Path(scratch) / name
-            command = [*compiler.split(), *_FLAGS, "-o", str(new), str(source)]
-            subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
-            new.replace(file)
+        _making(file, command).result()
     return file
+
+
+def begin() -> None:
+    """Start to make all of the package's libraries that are not there yet: two cores make two at once."""
+    if enabled("CMTOOL_NATIVE"):
+        for source in sorted(Path(__file__).parent.rglob("*.cpp")):
+            file, command = _plan(source)
+            if not file.exists():
+                _making(file, command)
+
+
+_made: dict[Path, Future[None]] = {}
+
+
+def _making(file: Path, command: list[str]) -> Future[None]:
+    """The making of a file, begun by whoever asks first."""
+    if file not in _made or _made[file].done():
+        _made[file] = _compilers().submit(_make, file, command)
+    return _made[file]
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def _make(file: Path, command: list[str]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever comes first puts the whole file in its place; two at once make the same one.
+    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+        new = Path(scratch) / file.name
+        subprocess.run(
+            [*command, "-o", str(new)], check=True, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL
+        )
+        new.replace(file)
+
+
+def _plan(source: Path) -> tuple[Path, list[str]]:
+    """Where a source's library lies, and the command that makes it, but for `-o`."""
+    compiler, text = os.environ.get("CXX") or "c++", source.read_bytes()
+    told = [compiler, *_FLAGS, platform.machine(), _processor()]
+    command = [*compiler.split(), *_FLAGS, str(source)]
+    if b"#include <c10/" in text:
+        import torch
+
+        home = Path(torch.__file__).parent
+        told += [torch.__version__, str(home)]
+        command += ["-std=c++20", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
+    name = f"{source.stem}-{hashlib.sha256(text + chr(0).join(told).encode()).hexdigest()[:16]}.so"
+    return cache.folder("native") / name, command
 
 
 def _processor() -> str:

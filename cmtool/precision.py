@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-from contextlib import suppress
 from typing import Literal
 
 import torch
 
-from cmtool import processes
+from cmtool import memory, processes
 from cmtool.errors import UsageError
 
 Precision = Literal["auto", "fp32", "bf16"]
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
-_LARGE = 2**31 - 1
 
 
 def device(name: str) -> torch.device:
     """The device of `--device auto|cpu|cuda[:N]|mps`; several processes take a GPU each.
 
-    A process that is to compute on a CPU keeps its memory from now on, see `keep_memory`.
+    A process that is to compute on a CPU keeps its memory from now on, see `memory.keep`.
 
     Raises:
         UsageError: for a device this machine does not have.
     """
     chosen = _named(name)
     if chosen.type == "cpu":
-        keep_memory()
+        memory.keep()
     return chosen
 
 
@@ -68,21 +62,6 @@ def compute_dtype(precision: Precision, on: torch.device) -> torch.dtype | None:
     if on.type == "cpu" and _has_amx():
         return torch.bfloat16
     return None
-
-
-def keep_memory() -> None:
-    """Let the C library keep freed memory for the next tensor in place of giving it back; for the process.
-
-    A tensor of some MiB otherwise comes in new pages every time, and each page is a fault and has to be zeroed: of a
-    sample of 32 images on two cores a tenth of the time. Does nothing where the C library is not glibc, or where its
-    own variables say something of memory.
-    """
-    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    with suppress(AttributeError, OSError, TypeError):  # no such function, no such library
-        library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, _LARGE)
-        library.mallopt(_TRIM_THRESHOLD, _LARGE)
 
 
 def tune(on: torch.device) -> None:

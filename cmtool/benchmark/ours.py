@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmtool import networks, precision
+from cmtool import memory, networks
 from cmtool.benchmark import shared
 from cmtool.benchmark.rows import (
     AVERAGE,
@@ -51,7 +51,7 @@ class Pictures:
 def job(name: str, setup: Setup) -> Callable[[], Any]:
     """A row; each call is one round."""
     if setup.device == "cpu":
-        precision.keep_memory()  # as every command does
+        memory.keep()  # as every command does
     return _training(name, setup) if ROWS[name].trains else _sampling(name, setup)
 
 

@@ -187,10 +187,11 @@ def convolve(
         return F.conv2d(x, weight, bias, stride, padding)
     if _plain():
         return _convolved(x, weight, bias, stride, padding)
-    if derived() or winograd.usable(x, weight, stride, padding):
-        made: Tensor = _Convolve.apply(x, weight, bias, stride, padding)
-        return made
-    return F.conv2d(x, weight, bias, stride, padding)
+    with _forgetting(x):
+        if derived() or winograd.usable(x, weight, stride, padding):
+            made: Tensor = _Convolve.apply(x, weight, bias, stride, padding)
+            return made
+        return F.conv2d(x, weight, bias, stride, padding)
 
 
 class Linear(nn.Linear):
@@ -260,8 +261,10 @@ class GroupNorm(nn.GroupNorm):
         how = native.Shape(self.num_groups, self.eps, silu, *_threshold(dropout))
         direct = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if direct and (x.device.type == "cpu" or (x.is_cuda and native.kernels() is not None)):
-            run = _Normalise.forward if _plain() else _Normalise.apply
-            return run(x, added, weight, bias, keys, how)[0]
+            if _plain():
+                return _Normalise.forward(x, added, weight, bias, keys, how)[0]
+            out: Tensor = _Normalise.apply(x, added, weight, bias, keys, how)[0]
+            return _remade(out, x, (added, weight, bias, keys, how))
         return _normalise(x, added, weight, bias, keys, how)
 
 
@@ -541,7 +544,7 @@ class Recomputed(nn.Module):
         chance, own = _chance, super().__call__
 
         def run(*args: Any) -> Any:
-            with entered(chance and Chance(chance.seeds, made)):
+            with _all_forgotten(), entered(chance and Chance(chance.seeds, made)):
                 out = own(*args)
                 return out, _chance.made if _chance else 0
 
@@ -550,6 +553,54 @@ class Recomputed(nn.Module):
         if chance:
             chance.made = after
         return out
+
+
+# --- what is made again rather than kept ----------------------------------------------------------------------------
+
+_forgets = True  # whether it is; not inside of a part that forgets everything anyway
+
+
+def _remade(out: Tensor, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    """A norm's output, which the convolution after it shall make again in its gradient rather than keep.
+
+    That is half of what a residual block keeps, for a small part of the time of a convolution in float32. Where
+    bfloat16 makes convolutions ten times as fast it would be a larger one.
+    """
+    if _forgets and x.dtype == torch.float32 and native.usable(x) and not derived():
+        x, rest = x.detach(), tuple(one.detach() if isinstance(one, Tensor) else one for one in rest)
+        out._made_by = lambda: native.forward(x, *rest)[0]  # type: ignore[attr-defined]
+    return out
+
+
+@contextmanager
+def _all_forgotten() -> Iterator[None]:
+    """Inside, what is kept counts for nothing: it is forgotten all at once."""
+    global _forgets
+    before, _forgets = _forgets, False
+    try:
+        yield
+    finally:
+        _forgets = before
+
+
+@contextmanager
+def _forgetting(x: Tensor) -> Iterator[None]:
+    """Autograd keeps how x was made, if that is known, where it would keep x."""
+    make = getattr(x, "_made_by", None)
+    if make is None:
+        yield
+        return
+    place = x.data_ptr(), x.shape, x.stride()  # and no reference to x, which would keep it
+
+    def pack(tensor: Tensor) -> Any:
+        return make if (tensor.data_ptr(), tensor.shape, tensor.stride()) == place else tensor
+
+    def unpack(kept: Any) -> Tensor:
+        found: Tensor = kept if isinstance(kept, Tensor) else kept()
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 # --- chance: which units are dropped --------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from cmtool import compiled
-from cmtool.networks import native
+from cmtool.networks import layers, native
 from cmtool.networks.layers import GroupNorm, _keys, _mask, _Normalise, _normalise, _threshold, seeded
 
 available = pytest.mark.skipif(native.library() is None, reason="no compiler on this machine")
@@ -152,6 +153,94 @@ def test_what_it_does_not_compute_goes_another_way():
     assert not native.usable(torch.zeros(1, 8, 2, 2, dtype=torch.float64))
     assert not native.usable(torch.zeros(0, 8, 2, 2))
     assert not native.usable(torch.zeros(1, 8, 2, 2, dtype=torch.float16))
+
+
+# --- what is made again rather than kept ----------------------------------------------------------------------------
+
+
+def block():
+    """A norm, a convolution, and what both are of: x in float32, and weights."""
+    torch.manual_seed(0)
+    norm, conv = GroupNorm(16, eps=1e-5, group_channels=4), layers.Conv2d(16, 16, 3)
+    x = torch.randn(4, 16, 12, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
+    return norm, conv, x, torch.randn(4, 16, 12, 12), [x, *norm.parameters(), *conv.parameters()]
+
+
+@pytest.fixture(params=[True, False], ids=["forgetting", "keeping"])
+def forgets(request, monkeypatch):
+    monkeypatch.setattr(layers, "_forgets", request.param)
+    return request.param and native.library() is not None
+
+
+def test_a_norm_is_made_again_for_the_gradient(forgets):
+    norm, conv, x, grad, leaves = block()
+    with seeded(torch.arange(4)):
+        hidden = norm(x, silu=True, dropout=0.3)
+    gone = weakref.ref(hidden)
+    out = conv(hidden)
+    del hidden
+    assert (gone() is None) == forgets
+    found = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    again = torch.autograd.grad(out, leaves, grad)
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    # The same as where everything is kept, bit for bit.
+    with pytest.MonkeyPatch.context() as patch, seeded(torch.arange(4)):
+        patch.setattr(layers, "_forgets", False)
+        kept = torch.autograd.grad(conv(norm(x, silu=True, dropout=0.3)), leaves, grad)
+    assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
+
+
+def test_a_second_derivative_goes_through_what_is_made_again(forgets):
+    """Against torch's own operations in float64."""
+
+    def second(run, leaves, grad):
+        first = torch.autograd.grad(run(), leaves, grad, create_graph=True)
+        return torch.autograd.grad(
+            sum(one.square().sum() for one in first), leaves[:4]
+        )  # the last bias is in no gradient
+
+    norm, conv, x, grad, leaves = block()
+    found = second(lambda: conv(norm(x, silu=True)), leaves, grad)
+    wide = [one.detach().double().requires_grad_() for one in leaves]
+    y, weight, bias, kernel, shift = wide
+
+    def run():
+        return F.conv2d(F.silu(F.group_norm(y, norm.num_groups, weight, bias, norm.eps)), kernel, shift, padding=1)
+
+    for one, other in zip(found, second(run, wide, grad.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4 * other.abs().max())
+
+
+def test_a_block_that_forgets_everything_keeps_nothing_of_it(forgets):
+    """Its norms' inputs are no more kept than their outputs are."""
+
+    class Block(layers.Recomputed):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv, self.inside = norm, conv, []
+
+        def forward(self, x):
+            doubled = 2 * x
+            self.inside.append(weakref.ref(doubled.untyped_storage()))
+            return self.conv(self.norm(doubled, silu=True))
+
+    norm, conv, x, grad, leaves = block()
+    made = Block()
+    plain = torch.autograd.grad(made(x), leaves, grad)
+    made.recompute = True
+    out = made(x)
+    assert made.inside[-1]() is None
+    for one, other in zip(torch.autograd.grad(out, leaves, grad), plain, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_forward_derivatives_and_transformations_keep_what_they_need(forgets):
+    norm, conv, x, grad, _ = block()
+    forward = torch.func.jvp(lambda x: conv(norm(x, silu=True)), (x.detach(),), (grad,))[1]
+    (backward,) = torch.func.vjp(lambda x: conv(norm(x, silu=True)), x.detach())[1](grad)
+    (expected,) = torch.autograd.grad(conv(norm(x, silu=True)), x, grad)
+    torch.testing.assert_close(backward, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((forward * grad).sum(), (expected * grad).sum(), rtol=1e-4, atol=1e-3)
 
 
 # --- the library -----------------------------------------------------------------------------------------------------

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -61,39 +56,3 @@ def test_auto_is_bfloat16_where_the_hardware_has_it(capability, dtype, monkeypat
         monkeypatch.setattr(precision, "_has_amx", lambda amx=amx: amx)
         assert precision.compute_dtype("auto", CPU) is (torch.bfloat16 if amx else None)
     assert precision.compute_dtype("auto", torch.device("mps")) is None
-
-
-KEEPS = """
-import resource, sys
-import torch
-from cmtool import precision
-
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-
-def make():
-    tensors = [torch.ones(2**19) for _ in range(40)]  # of 2 MiB, and all at once: 80 MiB
-    return sum(float(tensor[0]) for tensor in tensors)
-
-precision.keep_memory()
-for _ in range(3):
-    make()
-before = faults()
-for _ in range(5):
-    make()
-print(faults() - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="another C library")
-def test_freed_memory_is_used_again(monkeypatch):
-    def faults(**variables):
-        asked = [sys.executable, "-c", KEEPS]
-        env = {**os.environ, **variables}
-        return int(subprocess.run(asked, capture_output=True, text=True, check=True, env=env).stdout)
-
-    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
-        monkeypatch.delenv(name)
-    assert faults() < 500
-    # Whoever has said how memory is to be kept is obeyed: 20,000 pages of 4 KiB, five times.
-    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 50_000
