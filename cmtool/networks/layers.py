@@ -568,7 +568,7 @@ def _remade(out: Tensor, x: Tensor, rest: tuple[Any, ...]) -> Tensor:
     """
     if _forgets and x.dtype == torch.float32 and native.usable(x) and not derived():
         x, rest = x.detach(), tuple(one.detach() if isinstance(one, Tensor) else one for one in rest)
-        out._made_by = lambda: native.forward(x, *rest)[0]  # type: ignore[attr-defined]
+        out._made = out._version, lambda: native.forward(x, *rest)[0]  # type: ignore[attr-defined]
     return out
 
 
@@ -585,9 +585,9 @@ def _all_forgotten() -> Iterator[None]:
 
 @contextmanager
 def _forgetting(x: Tensor) -> Iterator[None]:
-    """Autograd keeps how x was made, if that is known, where it would keep x."""
-    make = getattr(x, "_made_by", None)
-    if make is None:
+    """Autograd keeps how x was made, if that is known and x still the same, where it would keep x."""
+    version, make = getattr(x, "_made", (None, None))
+    if version is None or version != x._version:
         yield
         return
     place = x.data_ptr(), x.shape, x.stride()  # and no reference to x, which would keep it

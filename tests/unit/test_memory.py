@@ -192,3 +192,9 @@ compiled._compilers().shutdown()
 def test_nothing_is_compiled_that_is_switched_off(ask, tmp_path):
     ask("memory.keep()", CMTOOL_CACHE=str(tmp_path), CMTOOL_NATIVE="0")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cache", ["file/in/it", "x" * 300])
+def test_a_cache_that_cannot_be(ask, tmp_path, cache):
+    (tmp_path / "file").write_text("")
+    assert ask("memory.keep(); print(float(tensor(8)[-1]))", CMTOOL_CACHE=str(tmp_path / cache)) == "1.0"

@@ -190,6 +190,13 @@ def test_a_norm_is_made_again_for_the_gradient(forgets):
     assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
 
+def test_a_norm_that_was_changed_is_kept(forgets):
+    norm, conv, x, grad, leaves = block()
+    changed = torch.autograd.grad(conv(norm(x, silu=True).mul_(2)), leaves, grad)
+    expected = torch.autograd.grad(conv(norm(x, silu=True) * 2), leaves, grad)
+    assert all(torch.equal(one, other) for one, other in zip(changed, expected, strict=True))
+
+
 def test_a_second_derivative_goes_through_what_is_made_again(forgets):
     """Against torch's own operations in float64."""
 
