@@ -586,7 +586,8 @@ def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> Non
         console.emit_json({**config, "forecast": expected._asdict()})
         return
     rest = {name: value for name, value in config.items() if name != "recipe"}
-    whole, held, each = map(console.size, (expected.memory_bytes, expected.weights_bytes, expected.bytes_per_image))
+    parts = (expected.memory_bytes, expected.weights_bytes, expected.scratch_bytes, expected.bytes_per_image)
+    whole, held, scratch, each = map(console.size, parts)
     console.emit_rows(
         [
             *options.settings(config["recipe"]),
@@ -594,8 +595,8 @@ def _describe(config: Mapping[str, Any], trainer: Trainer, as_json: bool) -> Non
             ("parameters", f"{expected.parameters:,}"),
             (
                 "memory",
-                f"{whole}: {held} of weights, gradients and the optimizer, {each} an image in micro-batches of "
-                f"{expected.micro_batch}",
+                f"{whole}: {held} of weights, gradients and the optimizer, {scratch} of scratch, {each} an image in "
+                f"micro-batches of {expected.micro_batch}",
             ),
             ("speed", f"{expected.images_per_second:.3g} images/s on {trainer.device}"),
             ("time", console.clock(expected.seconds)),

@@ -22,7 +22,7 @@ _SECONDS = 3.0  # of rehearsal, after which no larger size is tried
 # Convolutions of a CPU lay out their numbers anew in memory that torch knows nothing of: 7.7M parameters at 32x32 make
 # the process grow by 25 MiB an image (float32), and 19 are tensors.
 _SCRATCH = 1.3
-_PROBE = 2  # images whose memory is measured
+_PROBES = 2, 8  # images whose memory is measured: what both take alike is no image's
 _SHARE = 0.8  # of the free memory that a micro-batch chosen by itself may fill
 
 
@@ -31,6 +31,7 @@ class Forecast(NamedTuple):
 
     parameters: int  # of the network
     weights_bytes: int  # all networks, gradients, averages and the optimizer's numbers
+    scratch_bytes: int  # of a gradient, however many images it is of
     bytes_per_image: int  # of a micro-batch: activations and what is alive beside them at the worst moment
     memory_bytes: int  # of it all at the micro-batch of the run; without the program itself
     micro_batch: int
@@ -42,7 +43,7 @@ def forecast(trainer: Trainer) -> Forecast:
     """Rehearse a few images on the device of the run. The trainer's weights are moved: throw it away afterwards."""
     batch, own = trainer.recipe.batch, _own_images(trainer)
     micro = min(trainer.micro_batch or own, own)
-    per_image = bytes_per_image(trainer)
+    room = gradient_room(trainer)
     each = _seconds_per_image(trainer, min(micro, 16) * trainer.processes.count)
     update = _seconds(trainer.rehearse_update, trainer)
     step = batch * each + update
@@ -50,8 +51,9 @@ def forecast(trainer: Trainer) -> Forecast:
     return Forecast(
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         weights_bytes=held,
-        bytes_per_image=per_image,
-        memory_bytes=held + micro * per_image,
+        scratch_bytes=room.fixed,
+        bytes_per_image=room.per_image,
+        memory_bytes=held + room.of(micro),
         micro_batch=micro,
         images_per_second=batch / step,
         seconds=step * (trainer.recipe.iterations - trainer.step),
@@ -65,12 +67,13 @@ def fitting_micro_batch(trainer: Trainer, free: int) -> int | None:
         ConfigError: if a single image does not fit.
     """
     batch = _own_images(trainer)
-    room = _SHARE * free - (weights_bytes(trainer) - _held(trainer.networks))
-    most = int(room // bytes_per_image(trainer))
+    room = gradient_room(trainer)
+    left = _SHARE * free - (weights_bytes(trainer) - _held(trainer.networks)) - room.fixed
+    most = int(left // room.per_image)
     if most < 1:
         raise ConfigError(
             f"not even one image fits: a step needs some {_gigabytes(weights_bytes(trainer))} for its weights and "
-            f"{_gigabytes(bytes_per_image(trainer))} an image, and {_gigabytes(free)} are free",
+            f"{_gigabytes(room.of(1))} for an image, and {_gigabytes(free)} are free",
             "add --checkpoint-activations, or choose a smaller --network or --resolution",
         )
     return None if most >= batch else math.ceil(batch / math.ceil(batch / most))
@@ -91,13 +94,26 @@ def weights_bytes(trainer: Trainer) -> int:
     return size + 3 * trained  # the gradient, and Adam's two moments
 
 
-def bytes_per_image(trainer: Trainer) -> int:
-    """The most memory that is alive in the gradient of a few images, per image, beside what is kept anyway."""
-    count = trainer.rehearsal(_PROBE * trainer.processes.count)
-    trainer.rehearse(count)  # what is kept from step to step is there now: gradients, weights in the compute type
+class Room(NamedTuple):
+    """The memory that the gradient of some images takes, in bytes, beside what is kept anyway."""
+
+    fixed: int
+    per_image: int
+
+    def of(self, images: int) -> int:
+        """All of it."""
+        return self.fixed + images * self.per_image
+
+
+def gradient_room(trainer: Trainer) -> Room:
+    """Measured on few images: the most memory that is alive at once, for two numbers of them."""
+    counts = [trainer.rehearsal(probe * trainer.processes.count) for probe in _PROBES]
+    trainer.rehearse(counts[0])  # what is kept from step to step is there now: gradients, weights in the compute type
     scratch = 1.0 if trainer.device.type == "cuda" else _SCRATCH
-    own = count / trainer.processes.count
-    return max(1, math.ceil(scratch * _peak(lambda: trainer.rehearse(count), trainer.device) / own))
+    first, second = (scratch * _peak(partial(trainer.rehearse, count), trainer.device) for count in counts)
+    few, more = (count / trainer.processes.count for count in counts)
+    each = (second - first) / (more - few) if more > few else first / few
+    return Room(max(0, math.ceil(first - few * each)), max(1, math.ceil(each)))
 
 
 def _held(networks: Iterable[nn.Module]) -> int:

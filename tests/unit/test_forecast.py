@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -55,10 +56,18 @@ def test_activations_live_until_the_backward_pass():
 
 def test_the_memory_grows_with_the_images():
     made = trainer(replace(EDM_RECIPE, batch=20))
-    each = f.bytes_per_image(made)
-    made.rehearse(16)
-    sixteen = f._SCRATCH * f._peak(lambda: made.rehearse(16), made.device)
-    assert sixteen == pytest.approx(16 * each, rel=0.25)
+    room = f.gradient_room(made)
+    for count in (4, 16, 20):
+        made.rehearse(count)
+        found = f._SCRATCH * f._peak(partial(made.rehearse, count), made.device)
+        assert found == pytest.approx(room.of(count), rel=0.05)
+
+
+def test_a_batch_that_is_smaller_than_what_is_measured():
+    made = trainer(replace(EDM_RECIPE, batch=2))
+    room = f.gradient_room(made)
+    assert room.of(2) == pytest.approx(f._SCRATCH * f._peak(partial(made.rehearse, 2), made.device), rel=0.01)
+    assert not room.fixed
 
 
 def test_weights_are_counted_once():
@@ -74,7 +83,7 @@ def test_a_forecast(recipe):
     found = forecast(trainer(recipe, micro_batch=2))
     assert found.parameters == sum(p.numel() for p in trainer(recipe).model.parameters())
     assert found.micro_batch == 2
-    assert found.memory_bytes == found.weights_bytes + 2 * found.bytes_per_image
+    assert found.memory_bytes == found.weights_bytes + found.scratch_bytes + 2 * found.bytes_per_image
     assert found.bytes_per_image > 4 * 3 * recipe.network.resolution**2
     assert found.seconds == pytest.approx(recipe.iterations * recipe.batch / found.images_per_second)
 
@@ -95,11 +104,11 @@ def test_a_rehearsal_changes_no_run():
 
 def test_the_largest_even_piece_that_fits():
     made = trainer(replace(EDM_RECIPE, batch=20))
-    each = f.bytes_per_image(made)
-    extra = weights_bytes(made) - f._held(made.networks)
+    room = f.gradient_room(made)
+    extra = weights_bytes(made) - f._held(made.networks) + room.fixed
     assert fitting_micro_batch(made, 2**40) is None
     for most in (1, 3, 7, 12, 19):
-        free = math.ceil((extra + (most + 0.5) * each) / f._SHARE)
+        free = math.ceil((extra + (most + 0.5) * room.per_image) / f._SHARE)
         found = fitting_micro_batch(made, free)
         pieces = math.ceil(20 / most)
         assert found == math.ceil(20 / pieces) <= most
@@ -110,6 +119,6 @@ def test_the_largest_even_piece_that_fits():
 def test_recomputing_takes_less_memory():
     network = micro(32, num_blocks=3, num_classes=3, attention_resolutions=())
     recipe = replace(EDM_RECIPE, network=network)
-    plain = f.bytes_per_image(trainer(recipe))
-    less = f.bytes_per_image(trainer(recipe, checkpoint_activations=True))
+    plain = f.gradient_room(trainer(recipe)).of(5)
+    less = f.gradient_room(trainer(recipe, checkpoint_activations=True)).of(5)
     assert less < 0.8 * plain
