@@ -1,8 +1,8 @@
 """C++ beside a module, compiled once by the machine's own compiler and kept in cmtool's cache.
 
 A library's name there changes with the source, the compiler, its flags and the processor, and with torch where the
-source includes its headers. Without a compiler (`c++`, or
-what $CXX names), or with CMTOOL_NATIVE=0, there is none, and whoever asks for one computes the same by other means.
+source includes its headers. Without a compiler (`c++`, or what $CXX names), or with CMTOOL_NATIVE=0, there is none, and
+whoever asks for one computes the same by other means.
 """
 
 from __future__ import annotations

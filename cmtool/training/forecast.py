@@ -20,7 +20,7 @@ from cmtool.training.trainer import Trainer
 
 _SECONDS = 3.0  # of rehearsal, after which no larger size is tried
 # Convolutions of a CPU lay out their numbers anew in memory that torch knows nothing of: 7.7M parameters at 32x32 make
-# the process grow by 25 MiB an image (float32), and 19 are tensors.
+# the process grow by 17 MiB an image (float32), and 13 are tensors.
 _SCRATCH = 1.3
 _PROBES = 2, 8  # images whose memory is measured: what both take alike is no image's
 _SHARE = 0.8  # of the free memory that a micro-batch chosen by itself may fill

@@ -202,9 +202,8 @@ def test_a_second_derivative_goes_through_what_is_made_again(forgets):
 
     def second(run, leaves, grad):
         first = torch.autograd.grad(run(), leaves, grad, create_graph=True)
-        return torch.autograd.grad(
-            sum(one.square().sum() for one in first), leaves[:4]
-        )  # the last bias is in no gradient
+        total = sum(one.square().sum() for one in first)
+        return torch.autograd.grad(total, leaves[:4])  # the last bias is in no gradient
 
     norm, conv, x, grad, leaves = block()
     found = second(lambda: conv(norm(x, silu=True)), leaves, grad)
