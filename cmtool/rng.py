@@ -98,7 +98,7 @@ def derive(seed: int, *streams: int) -> int:
 def forked(seed: int, device: torch.device | str) -> Iterator[None]:
     """Run a block with torch's global generators (CPU and `device`) set to `seed`, and put them back afterwards.
 
-    For initial weights. The dropout that two passes share is decided by `networks.layers.seeded`.
+    For initial weights. The dropout that two passes share is decided by `networks.chance.seeded`.
     """
     device = torch.device(device)
     accelerators = [] if device.type == "cpu" else [device]

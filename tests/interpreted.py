@@ -27,7 +27,7 @@ CASES = {
 def main() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     from cmtool.networks import kernels
-    from cmtool.networks.layers import _normalise
+    from cmtool.networks.norms import _normalise
 
     class Kernels(torch.autograd.Function):
         @staticmethod

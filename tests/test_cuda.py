@@ -9,7 +9,7 @@ from cmtool import networks, rng
 from cmtool.flow import ModelCard
 from cmtool.generate import automatic_batch, generate, inpaint, sample
 from cmtool.networks import ADMConfig, DDPMppConfig, EDM2Config
-from cmtool.networks.layers import seeded
+from cmtool.networks.chance import seeded
 from cmtool.training.forecast import forecast
 from cmtool.training.trainer import Trainer
 from tests import models

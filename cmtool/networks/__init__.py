@@ -74,7 +74,7 @@ def recompute(network: nn.Module, wanted: bool = True) -> nn.Module:
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """The parts of a network that hold most of its weights and are called one after another."""
-    from cmtool.networks.layers import Recomputed
+    from cmtool.networks.recomputed import Recomputed
 
     return [module for module in network.modules() if isinstance(module, Recomputed)]
 

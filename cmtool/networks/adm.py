@@ -10,19 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import ADMConfig, level_resolutions
-from cmtool.networks.layers import (
-    Conv2d,
-    GroupNorm,
-    Linear,
-    MapGap,
-    Recomputed,
-    Resample,
-    attend,
-    look_up,
-    noise_features,
-    normed,
-    prepare,
-)
+from cmtool.networks.convolution import Conv2d
+from cmtool.networks.layers import Linear, MapGap, Resample, attend, look_up, noise_features, prepare
+from cmtool.networks.norms import GroupNorm, normed
+from cmtool.networks.recomputed import Recomputed
 
 
 class ADM(nn.Module):

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmtool.networks.chance import drop
 from cmtool.networks.configs import EDM2Config, level_resolutions
-from cmtool.networks.layers import MapGap, Recomputed, Resample, attend, convolve, drop, look_up, prepare
+from cmtool.networks.convolution import convolve
+from cmtool.networks.layers import MapGap, Resample, attend, look_up, prepare
+from cmtool.networks.recomputed import Recomputed
 
 EPS = 1e-4  # added to every magnitude that is divided by
 SILU = 0.596  # root mean square of SiLU of a standard normal number, equation 81

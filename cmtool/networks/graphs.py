@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cmtool import compiled
-from cmtool.networks.layers import Chance, current_chance, derived, entered
+from cmtool.networks.chance import Chance, current_chance, entered
+from cmtool.networks.modes import derived
 
 _MOST = 16  # graphs of one network: each holds the memory of its activations
 _KEPT = 4  # of them from one sampling to the next

@@ -45,7 +45,7 @@ def _entries(x_at, pre_at, sample, tile, pixels, channels, P: tl.constexpr, C: t
 
 @triton.jit
 def _grown(offset, key, threshold, grown):
-    """What an entry is multiplied with: 0 or `grown`. `_mixed` in layers.py is the same function."""
+    """What an entry is multiplied with: 0 or `grown`. `mixed` in chance.py is the same function."""
     h = (offset.to(tl.uint32) * 0x9E3779B1) ^ key
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B

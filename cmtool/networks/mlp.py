@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cmtool.networks.chance import drop
 from cmtool.networks.configs import MLPConfig
-from cmtool.networks.layers import Linear, MapGap, Recomputed, drop, look_up, prepare, unit_features
+from cmtool.networks.layers import Linear, MapGap, look_up, prepare, unit_features
+from cmtool.networks.recomputed import Recomputed
 
 
 class MLP(nn.Module):

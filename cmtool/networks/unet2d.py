@@ -13,20 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import UNet2DConfig
-from cmtool.networks.layers import (
-    Conv2d,
-    GroupNorm,
-    Linear,
-    MapGap,
-    Recomputed,
-    Resample,
-    attend,
-    convolve,
-    look_up,
-    noise_features,
-    normed,
-    prepare,
-)
+from cmtool.networks.convolution import Conv2d, convolve
+from cmtool.networks.layers import Linear, MapGap, Resample, attend, look_up, noise_features, prepare
+from cmtool.networks.norms import GroupNorm, normed
+from cmtool.networks.recomputed import Recomputed
 
 FIR = (1, 3, 3, 1)  # the resampling filter of the Skip levels
 FOURIER_SCALE = 16.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cmtool.errors import ConfigError
 from cmtool.flow.flow_map import FlowMap, on_path
 from cmtool.flow.path import Path, expand
-from cmtool.networks.layers import seeded
+from cmtool.networks.chance import seeded
 from cmtool.processes import ALONE, Processes
 from cmtool.times import (
     Adjacent,

@@ -14,7 +14,7 @@ from torch.autograd import functional
 
 from cmtool.flow import EDM, VE, BoundaryEDM, FlowMap, Linear, LogRatio, PathTime, Trig, Velocity
 from cmtool.networks import MLPConfig
-from cmtool.networks.layers import drop, seeded
+from cmtool.networks.chance import drop, seeded
 from cmtool.times import Pair, Tangential, Times
 from cmtool.training import weights
 from cmtool.training.objectives import Continuous, Tangent

@@ -9,7 +9,9 @@ import torch
 
 from cmtool import networks
 from cmtool.networks import ADMConfig, EDM2Config, MLPConfig, UNet2DConfig
-from cmtool.networks.layers import _mixed, cast, drop, look_up, seeded
+from cmtool.networks.casting import cast
+from cmtool.networks.chance import drop, mixed, seeded
+from cmtool.networks.layers import look_up
 from tests.models import micro
 
 CONFIGS = [
@@ -114,8 +116,8 @@ def test_the_share_and_the_mean_are_right(share):
 
 def test_mixing_is_a_permutation_of_32_bits():
     entries = torch.arange(2**16) * 65537 % 2**32
-    assert len(_mixed(entries, torch.tensor(12345)).unique()) == len(entries)
-    bits = torch.stack([(_mixed(entries, torch.tensor(7)) >> bit) & 1 for bit in range(32)]).double().mean(1)
+    assert len(mixed(entries, torch.tensor(12345)).unique()) == len(entries)
+    bits = torch.stack([(mixed(entries, torch.tensor(7)) >> bit) & 1 for bit in range(32)]).double().mean(1)
     assert (bits - 0.5).abs().max() < 4 * 0.5 / 2**8
 
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from cmtool import compiled
-from cmtool.networks import layers, native
-from cmtool.networks.layers import GroupNorm, _keys, _mask, _Normalise, _normalise, _threshold, seeded
+from cmtool.networks import chance, native, recomputed
+from cmtool.networks.chance import seeded
+from cmtool.networks.convolution import Conv2d
+from cmtool.networks.norms import GroupNorm, _Normalise, _normalise
 
 available = pytest.mark.skipif(native.library() is None, reason="no compiler on this machine")
 
@@ -26,8 +28,8 @@ def inputs(batch, channels, side, dtype, *, added, dropout, silu, groups=4, seed
     bias = torch.randn(batch, channels, generator=generator)
     grad = torch.randn(x.shape, generator=generator).to(dtype)
     with seeded(torch.arange(batch) * 7919 + 2**40):
-        keys = _keys(x) if dropout else None
-    return x, pre, weight, bias, keys, native.Shape(groups, 1e-5, silu, *_threshold(dropout)), grad
+        keys = chance.keys(x) if dropout else None
+    return x, pre, weight, bias, keys, native.Shape(groups, 1e-5, silu, *chance.threshold(dropout)), grad
 
 
 def gradients(function, x, pre, weight, bias, keys, how, grad, dtype=None):
@@ -59,7 +61,7 @@ def test_the_kernel_is_the_formula(batch, channels, side, dtype, tolerance, adde
     assert found[0].dtype == dtype
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     if dropout:  # the very same entries
-        assert torch.equal(found[0] == 0, _mask(found[0], given[4], how) == 0)
+        assert torch.equal(found[0] == 0, chance.mask(found[0], given[4], how) == 0)
 
 
 @available
@@ -161,14 +163,14 @@ def test_what_it_does_not_compute_goes_another_way():
 def block():
     """A norm, a convolution, and what both are of: x in float32, and weights."""
     torch.manual_seed(0)
-    norm, conv = GroupNorm(16, eps=1e-5, group_channels=4), layers.Conv2d(16, 16, 3)
+    norm, conv = GroupNorm(16, eps=1e-5, group_channels=4), Conv2d(16, 16, 3)
     x = torch.randn(4, 16, 12, 12).contiguous(memory_format=torch.channels_last).requires_grad_()
     return norm, conv, x, torch.randn(4, 16, 12, 12), [x, *norm.parameters(), *conv.parameters()]
 
 
 @pytest.fixture(params=[True, False], ids=["forgetting", "keeping"])
 def forgets(request, monkeypatch):
-    monkeypatch.setattr(layers, "_forgets", request.param)
+    monkeypatch.setattr(recomputed, "_forgets", request.param)
     return request.param and native.library() is not None
 
 
@@ -185,7 +187,7 @@ def test_a_norm_is_made_again_for_the_gradient(forgets):
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
     # The same as where everything is kept, bit for bit.
     with pytest.MonkeyPatch.context() as patch, seeded(torch.arange(4)):
-        patch.setattr(layers, "_forgets", False)
+        patch.setattr(recomputed, "_forgets", False)
         kept = torch.autograd.grad(conv(norm(x, silu=True, dropout=0.3)), leaves, grad)
     assert all(torch.equal(one, other) for one, other in zip(found, kept, strict=True))
 
@@ -220,7 +222,7 @@ def test_a_second_derivative_goes_through_what_is_made_again(forgets):
 def test_a_block_that_forgets_everything_keeps_nothing_of_it(forgets):
     """Its norms' inputs are no more kept than their outputs are."""
 
-    class Block(layers.Recomputed):
+    class Block(recomputed.Recomputed):
         def __init__(self):
             super().__init__()
             self.norm, self.conv, self.inside = norm, conv, []

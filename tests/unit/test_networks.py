@@ -18,23 +18,17 @@ from cmtool.networks import (
     DDPMppConfig,
     MLPConfig,
     build,
-    layers,
+    chance,
+    convolution,
     load_start,
     native,
+    norms,
     record,
     recorded,
 )
-from cmtool.networks.layers import (
-    GroupNorm,
-    Resample,
-    _Normalise,
-    _normalise,
-    attend,
-    drop,
-    look_up,
-    noise_features,
-    unit_features,
-)
+from cmtool.networks.chance import drop
+from cmtool.networks.layers import Resample, attend, look_up, noise_features, unit_features
+from cmtool.networks.norms import GroupNorm, _Normalise, _normalise
 
 DDPMPP = DDPMppConfig(
     resolution=8,
@@ -284,7 +278,7 @@ def test_convolutions_and_their_derivatives(stride, padding, biased):
     x, weight, bias = (
         torch.randn(size, dtype=torch.float64).requires_grad_() for size in [(2, 3, 5, 4), (4, 3, 3, 3), (4,)]
     )
-    run = lambda x, weight, *bias: layers._Convolve.apply(x, weight, *bias or (None,), stride, padding)  # noqa: E731
+    run = lambda x, weight, *bias: convolution._Convolve.apply(x, weight, *bias or (None,), stride, padding)  # noqa: E731
     inputs = (x, weight, bias) if biased else (x, weight)
     torch.testing.assert_close(run(*inputs), F.conv2d(*inputs, stride=stride, padding=padding))
     assert torch.autograd.gradcheck(run, inputs, check_forward_ad=True, fast_mode=True)
@@ -740,9 +734,9 @@ def test_the_norm_for_the_compiler_is_the_norm(share, pushed):
     x = torch.randn(3, 12, 5, 4, dtype=torch.float64, generator=generator)
     added, weight, bias = torch.randn(3, 3, 12, dtype=torch.float64, generator=generator)
     keys = torch.tensor([5, 2**31, 77]) if share else None
-    how = native.Shape(4, 1e-5, True, *layers._threshold(share))
+    how = native.Shape(4, 1e-5, True, *chance.threshold(share))
     given = (x.requires_grad_(), added if pushed else None, weight.requires_grad_(), bias.requires_grad_(), keys, how)
-    found, expected = layers._fusible(*given), layers._normalise(*given)
+    found, expected = norms._fusible(*given), norms._normalise(*given)
     torch.testing.assert_close(found, expected)
     upstream = torch.randn(x.shape, dtype=torch.float64, generator=generator)
     for one, other in zip(
@@ -773,7 +767,7 @@ def test_off_a_gpu_nothing_is_recorded(monkeypatch):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_changed_parameters_are_seen(grad):
-    conv = layers.Conv2d(4, 4, 3)
+    conv = convolution.Conv2d(4, 4, 3)
     x = torch.randn(1, 4, 8, 8).bfloat16().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
     with torch.set_grad_enabled(grad):
@@ -792,7 +786,7 @@ def test_changed_parameters_are_seen(grad):
 
 
 def test_what_was_made_of_parameters_is_not_saved(tmp_path):
-    conv = layers.Conv2d(64, 64, 3)
+    conv = convolution.Conv2d(64, 64, 3)
     x = torch.randn(1, 64, 8, 8).bfloat16().to(memory_format=torch.channels_last)
     torch.save(conv, tmp_path / "before.pt")
     with torch.no_grad():

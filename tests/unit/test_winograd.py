@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from cmtool import networks
-from cmtool.networks import ADMConfig, layers, winograd
+from cmtool.networks import ADMConfig, winograd
+from cmtool.networks.convolution import Conv2d, convolve
 
 pytestmark = pytest.mark.skipif(winograd.library() is None, reason="no compiler on this machine")
 
@@ -158,9 +159,9 @@ def test_the_network_s_convolution():
     x, weight, bias, grad = given(4, 1, 2, 8, 12)
     out, *expected = wide(x, weight, bias, grad)
     with torch.no_grad():
-        plain = layers.convolve(x, weight, bias, ONES, ONES)
+        plain = convolve(x, weight, bias, ONES, ONES)
     leaves = [one.requires_grad_() for one in (x, weight, bias)]
-    found = layers.convolve(*leaves, ONES, ONES)
+    found = convolve(*leaves, ONES, ONES)
     assert torch.equal(plain, found)
     assert torch.equal(plain, winograd.forward(x.detach(), weight.detach(), bias.detach()))
     assert distance(found.detach(), out) < 1e-5
@@ -168,7 +169,7 @@ def test_the_network_s_convolution():
         assert distance(a, b) < 1e-5
 
     def twice(x, weight, bias, grad):
-        first = torch.autograd.grad(layers.convolve(x, weight, bias, ONES, ONES).tanh(), x, grad, create_graph=True)
+        first = torch.autograd.grad(convolve(x, weight, bias, ONES, ONES).tanh(), x, grad, create_graph=True)
         return torch.autograd.grad(first[0].square().sum(), (x, weight, bias))
 
     wider = [one.detach().double().requires_grad_() for one in leaves]
@@ -178,12 +179,12 @@ def test_the_network_s_convolution():
     x, weight, bias = (one.detach() for one in leaves)
     dx, dbias = torch.randn_like(x), torch.randn_like(bias)
     with torch.no_grad(), forward_ad.dual_level():
-        dual = layers.convolve(forward_ad.make_dual(x, dx), weight, forward_ad.make_dual(bias, dbias), ONES, ONES)
+        dual = convolve(forward_ad.make_dual(x, dx), weight, forward_ad.make_dual(bias, dbias), ONES, ONES)
         moved = forward_ad.unpack_dual(dual)
     assert torch.equal(moved.primal, plain)
     change = F.conv2d(dx.double(), weight.double(), dbias.double(), padding=1)
     assert distance(moved.tangent, change) < 1e-5
-    _, other = torch.func.jvp(lambda x, bias: layers.convolve(x, weight, bias, ONES, ONES), (x, bias), (dx, dbias))
+    _, other = torch.func.jvp(lambda x, bias: convolve(x, weight, bias, ONES, ONES), (x, bias), (dx, dbias))
     assert distance(other, change) < 1e-5
     each = torch.func.vmap(lambda one: F.conv2d(one[None], weight, bias, padding=1)[0])(x)
     assert distance(each, out) < 1e-5
@@ -192,7 +193,7 @@ def test_the_network_s_convolution():
 def test_a_network_uses_it_for_all_its_wide_convolutions(monkeypatch):
     config = ADMConfig(resolution=16, channels=2 * WIDTH, channel_mult=(1, 2), num_blocks=1, attention_resolutions=())
     network = networks.build(config).to(memory_format=torch.channels_last)
-    many = [m for m in network.modules() if isinstance(m, layers.Conv2d) and m.kernel_size == (3, 3)]
+    many = [m for m in network.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
     many = [m for m in many if m.stride == ONES and m.in_channels > 3 and m.out_channels > 3]
     counts = dict.fromkeys(("forward", "input_gradient", "weight_gradient"), 0)
 
