@@ -33,9 +33,28 @@ def library(source: Path) -> ctypes.CDLL | None:
     """The compiled library of a source file; None where there is none to be had."""
     if not enabled("CMTOOL_NATIVE"):
         return None
-    with suppress(OSError, RuntimeError, subprocess.SubprocessError):
+    with suppress(*_FAILURES):
         return ctypes.CDLL(str(made(source)))
     return None
+
+
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)
+
+
+def problem(source: Path) -> str:
+    """Why `library` has none, in a few words; empty where it has one."""
+    if not enabled("CMTOOL_NATIVE"):
+        return "CMTOOL_NATIVE turns it off"
+    try:
+        ctypes.CDLL(str(made(source)))
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").splitlines()
+        return "the compiler fails: " + next((line for line in said if "error" in line), "".join(said[:1]))
+    except OSError as error:
+        return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    except _FAILURES as error:
+        return str(error)
+    return ""
 
 
 def made(source: Path) -> Path:

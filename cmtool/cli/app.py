@@ -27,6 +27,7 @@ from cmtool.cli import (
     data,
     deblur,
     denoise,
+    doctor,
     evaluate,
     fetch,
     info,
@@ -75,6 +76,7 @@ app.command("convert", short_help="Write a model in another format, checked.")(c
 app.command("average", short_help="List or write a run's averaged weights.")(average.average)
 app.command("fetch", short_help="Download models ahead of time.")(fetch.fetch)
 app.command("bench", short_help="Measure this machine beside plain PyTorch.")(bench.bench)
+app.command("doctor", short_help="Say what works on this machine.")(doctor.doctor)
 app.add_typer(models.app, name="models")
 app.add_typer(presets.app, name="presets")
 app.add_typer(data.app, name="data")
@@ -223,7 +225,7 @@ def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
     if isinstance(error, OSError) and error.strerror:
         places = ", ".join(repr(os.fspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str))
         return f"{error.strerror}: {places}".rstrip(": "), "check the path, the permissions and the space left", 1
-    return f"internal error: {type(error).__name__}: {error}", "run again with --debug and report the traceback", 1
+    return f"internal error: {type(error).__name__}: {error}", "report what --debug prints, and cmtool doctor", 1
 
 
 def _usage(error: Any) -> tuple[str, str]:

@@ -36,6 +36,7 @@ FLAGS = {
     "deblur": f"--kernel --floor {EDIT}",
     "info": "SOURCE --check --no-check --role --json",
     "convert": "SRC DST --to --role --resolution --set --overwrite --json",
+    "doctor": "--device --json",
     "fetch": "NAME --json",
     "models": "",
     "models ls": "--json",
