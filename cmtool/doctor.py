@@ -22,7 +22,8 @@ from torch import Tensor
 from cmtool import __version__, cache, compiled, memory, precision, rng
 from cmtool.errors import UserError
 from cmtool.flow.flow_map import FlowMap
-from cmtool.io import box, loading, machine, origins
+from cmtool.io import auxiliary, box, loading, machine, origins
+from cmtool.io.files import sha256_of
 from cmtool.networks import native, winograd
 
 _GPU = Path("/dev/nvidia0")  # there where the driver of an NVIDIA GPU is loaded
@@ -71,6 +72,7 @@ def examine(device: str = "auto") -> Iterator[Finding]:
         *([_kernels] if on.type == "cuda" else []),
         lambda: _numbers(on, dtype),
         _lpips,
+        _weights,
         _packages,
         _cache,
         _environment,
@@ -93,9 +95,7 @@ def _torch(on: torch.device) -> Finding:
     if on.type == "cpu" and torch.version.cuda:
         return Finding("torch", says, f"it is built for CUDA {torch.version.cuda}, and finds no GPU: see nvidia-smi")
     if on.type == "cpu" and _GPU.exists():
-        return Finding(
-            "torch", says, "there is an NVIDIA GPU, and this torch is built without CUDA"
-        )
+        return Finding("torch", says, "there is an NVIDIA GPU, and this torch is built without CUDA")
     return Finding("torch", says)
 
 
@@ -185,18 +185,27 @@ def _difference(name: str, found: Tensor, exact: Tensor, dtype: torch.dtype) -> 
 
 
 def _lpips() -> Finding:
-    from cmtool.io.backbones import read_backbone
     from cmtool.training.distances import import_lpips
 
     try:
         import_lpips()
     except UserError as error:
         return Finding("lpips", error.message, error.hint, True)
-    try:
-        read_backbone("vgg")
-    except UserError as error:
-        return Finding("lpips", f"loads; {error.message}", error.hint)
-    return Finding("lpips", "loads, and the weights of its trunk are here")
+    return Finding("lpips", "loads")
+
+
+def _weights() -> list[Finding]:
+    """What LPIPS and FID need besides their packages."""
+    told = []
+    for name in auxiliary.FILES:
+        file = auxiliary.find(name)
+        if not file.is_file():
+            told.append(Finding(f"weights {name}", f"not here: cmtool fetch {name}"))
+        elif sha256_of(file).startswith(auxiliary.promised(file)):
+            told.append(Finding(f"weights {name}", str(file)))
+        else:
+            told.append(Finding(f"weights {name}", f"{file} is damaged", f"delete it, and cmtool fetch {name}"))
+    return told
 
 
 def _packages() -> list[Finding]:

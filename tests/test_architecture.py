@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "starts": FLOW | {"generate", "sampler", "solvers", "times"},
     "evaluation": FLOW | {"compat", "generate", "io", "processes", "rng", "solvers", "times"},
     "training": FLOW | {"compat", "networks", "processes", "rng", "solvers", "times"},
-    "io": FLOW | {"cache", "networks", "processes", "rng", "spec", "times"},
+    "io": FLOW | {"cache", "compat", "networks", "processes", "rng", "spec", "times"},
     "doctor": FLOW | {"cache", "compiled", "io", "memory", "networks", "precision", "rng", "training"},
     "benchmark": FLOW | {"compat", "generate", "io", "memory", "networks", "rng", "times", "training"},
     "reporting": set(),
@@ -92,7 +92,7 @@ OWNERS = {
     "wandb": {"io"},
     "lpips": {"training"},
     "torch_fidelity": {"evaluation"},
-    "torchvision": {"training"},
+    "torchvision": {"io", "training"},
     "triton": {"networks"},
 }
 STDLIB_AND_CORE = {*sys.stdlib_module_names, "cmtool", "torch", "numpy"}

@@ -31,4 +31,4 @@ def doctor(device: options.Device = "auto", as_json: options.Json = False) -> No
         raise DependencyError(f"broken here: {', '.join(broken)}", "see the hints beside them")
 
 
-_WIDTH = len("fast convolutions")
+_WIDTH = len("weights lpips-alex")

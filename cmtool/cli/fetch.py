@@ -1,4 +1,4 @@
-"""`cmtool fetch`: download models ahead of time."""
+"""`cmtool fetch`: download models, and weights that distances and measures need, ahead of time."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def released_names() -> list[str]:
-    """The released models, for completion."""
+    """What can be fetched by name, for completion."""
+    from cmtool.io.auxiliary import FILES
     from cmtool.io.catalogue import RELEASED
 
-    return list(RELEASED)
+    return [*RELEASED, *FILES]
 
 
 def fetch(
@@ -26,7 +27,8 @@ def fetch(
         list[str],
         typer.Argument(
             metavar="NAME",
-            help="Released names (see models ls), hf:owner/name[@revision][:file] or https addresses.",
+            help="Released names (see models ls), hf:owner/name[@revision][:file], https addresses, or weights: "
+            "lpips-vgg, lpips-alex, inception.",
             autocompletion=released_names,
         ),
     ],
@@ -35,9 +37,10 @@ def fetch(
     """Download models ahead of time, and print where they are; what is here already is checked.
 
     They are kept in CMTOOL_CACHE, else XDG_CACHE_HOME/cmtool, else ~/.cache/cmtool, and those of the Hub in its own
-    cache. A download that was cut goes on where it stopped.
+    cache. A download that was cut goes on where it stopped. lpips-vgg and lpips-alex are what the LPIPS distance is
+    made of, inception is what FID is defined by.
     """
-    from cmtool.io import origins
+    from cmtool.io import auxiliary, origins
 
     for name in names:
         if Path(name).exists():
@@ -47,7 +50,10 @@ def fetch(
     described = []
     for name in names:
         with console.fetching(name) as progress:
-            located = origins.resolve(name, progress=progress)
+            if name in auxiliary.FILES:
+                located = origins.Located(auxiliary.fetch(name, progress), None, name)
+            else:
+                located = origins.resolve(name, progress=progress)
         described.append(_described(located))
         if located.released:
             console.note(f"{name}: licence {located.released.licence}")

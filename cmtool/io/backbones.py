@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtool.errors import DependencyError
+from cmtool.io import auxiliary
 from cmtool.io.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "CMTOOL_LPIPS_BACKBONE"
-FILES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}  # torchvision's names
+FILES = {net: auxiliary.FILES[f"lpips-{net}"] for net in ("vgg", "alex")}  # torchvision's names
 
 
 def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapping[str, Tensor]:
     """The weights of a trunk, as torchvision names them (`features.N.weight`, ...).
 
-    Looked for in `given`, else in the file that $CMTOOL_LPIPS_BACKBONE names, else where torch.hub keeps its downloads.
+    Looked for in `given`, else in the file that $CMTOOL_LPIPS_BACKBONE names, else where torch.hub
+    keeps its downloads, and in cmtool's cache.
 
     Args:
         net: "vgg" or "alex".
@@ -32,14 +33,17 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
     from safetensors.torch import load_file
 
     named = given or os.environ.get(VARIABLE)
-    path = Path(named) if named else Path(torch.hub.get_dir(), "checkpoints", FILES[net])
-    hint = f"put torchvision's {FILES[net]} there or name it with --lpips-backbone, or --set objective.distance=l2"
+    path = Path(named) if named else auxiliary.find(f"lpips-{net}")
+    hint = (
+        f"cmtool fetch lpips-{net}, or put torchvision's {FILES[net]} there, or name it with --lpips-backbone; "
+        "--set objective.distance=l2 needs none"
+    )
     if not path.is_file():
         raise DependencyError(f"LPIPS needs the weights of its {net} trunk, and there is no {path}", hint)
-    promised = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    promised = auxiliary.promised(path)
     try:
-        if promised and not sha256_of(path).startswith(promised[1]):
-            raise DependencyError(f"{path} is damaged: its SHA-256 does not start with {promised[1]}", hint)
+        if promised and not sha256_of(path).startswith(promised):
+            raise DependencyError(f"{path} is damaged: its SHA-256 does not start with {promised}", hint)
         if path.suffix == ".safetensors":
             state: Mapping[str, Tensor] = load_file(path)
         else:

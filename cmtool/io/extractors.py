@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmtool.errors import DataError, DependencyError
+from cmtool.io import auxiliary
 from cmtool.io.files import sha256_of, write_atomic
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # torch-fidelity's conversion of the TensorFlow weights
+INCEPTION = auxiliary.FILES["inception"]  # torch-fidelity's conversion of the TensorFlow weights
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _DINOV2_CODE = "facebookresearch_dinov2_main"
 _COPY = "copy or download it again"
@@ -28,14 +29,17 @@ def find_inception(given: Path | None = None) -> tuple[Path, str]:
     """The file with the weights of the Inception network that FID is defined by, and its SHA-256.
 
     Args:
-        given: the file; None looks where torch-fidelity keeps it, in torch.hub's folder.
+        given: the file; None looks where torch-fidelity keeps it, in torch.hub's folder, and in cmtool's cache.
     Raises:
         DependencyError: if it is missing, is damaged or holds something else. Nothing in it is run.
     """
     import torch
 
-    path = given or Path(torch.hub.get_dir(), "checkpoints", INCEPTION)
-    hint = f"put torch-fidelity's {INCEPTION} there or name it with --weights, or use --features random"
+    path = given or auxiliary.find("inception")
+    hint = (
+        f"cmtool fetch inception, or put torch-fidelity's {INCEPTION} there, or name it with --weights; "
+        "--features random needs none"
+    )
     if not path.is_file():
         raise DependencyError(f"FID needs the weights of its Inception network, and there is no {path}", hint)
     digest = sha256_of(path)

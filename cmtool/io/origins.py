@@ -113,6 +113,17 @@ def resolve(
     )
 
 
+def bring(url: str, file: Path, name: str, *, progress: Progress | None = None) -> None:
+    """See to it that a file of the cache is there, and is the one of the first time.
+
+    Args:
+        url: where it comes from. file: where it is to lie. name: what users call it.
+    Raises:
+        CheckpointError: it cannot be had, or has changed.
+    """
+    _ensure(url, file, None, name, kept_offline(), progress)
+
+
 def folder() -> Path:
     """Where downloaded models are kept; it need not exist."""
     return cache.folder("models")

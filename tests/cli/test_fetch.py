@@ -8,10 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
-from cmtool.io import catalogue, origins
+from cmtool.io import auxiliary, catalogue, origins
 from cmtool.io.box import BOXED
 from tests.unit.test_origins import serving
 
@@ -129,3 +130,61 @@ def test_a_release_by_name_is_a_model(cli, cache, student, monkeypatch, tmp_path
     result = cli("sample", "--model", "ct_imagenet64", "--seeds", "0", "--out", tmp_path / "x.png")
     assert result.code == 0, result.stderr
     assert (tmp_path / "x.png").is_file()
+
+
+@pytest.fixture
+def weights(address, monkeypatch, tmp_path):
+    """`lpips-vgg` on that server, and no folder of torch.hub's; returns the file's name."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    name = f"vgg16-{SHA[:8]}.pth"
+    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", name)
+    monkeypatch.setattr(auxiliary, "address", lambda _: f"{address}/{name}")
+    return name
+
+
+def test_weights_of_a_distance_are_fetched_checked_and_found(cli, cache, weights):
+    result = cli("fetch", "lpips-vgg")
+    assert (result.code, result.lines) == (0, [str(cache / weights)])
+    assert (cache / weights).read_bytes() == BODY
+    assert auxiliary.find("lpips-vgg") == cache / weights
+    (described,) = json.loads(cli("fetch", "lpips-vgg", "--json").stdout)["models"]
+    assert (described["source"], described["sha256"]) == ("lpips-vgg", SHA)
+
+
+def test_weights_that_torch_has_fetched_are_not_fetched_again(cli, cache, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("CMTOOL_OFFLINE", "1")
+    cli("fetch", "lpips-vgg").error(1, "offline")
+    there = tmp_path / "torch" / "hub" / "checkpoints" / weights
+    there.parent.mkdir(parents=True)
+    there.write_bytes(BODY)
+    assert cli("fetch", "lpips-vgg").lines == [str(there)]
+    assert not cache.exists()
+    there.write_bytes(BODY[1:])
+    cli("fetch", "lpips-vgg").error(1, "damaged", "delete it")
+
+
+def test_weights_that_are_not_what_their_name_promises(cli, cache, weights, monkeypatch, address):
+    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", "vgg16-00000000.pth")
+    cli("fetch", "lpips-vgg").error(1, "00000000", "delete it")
+    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", "vgg16-00000001.pth")
+    monkeypatch.setattr(auxiliary, "address", lambda _: f"{address}/gone")
+    cli("fetch", "lpips-vgg").error(1, "lpips-vgg")
+    assert [file.name for file in cache.glob("*.pth")] == ["vgg16-00000000.pth"]
+
+
+@pytest.mark.parametrize("name", list(auxiliary.FILES))
+def test_addresses_are_those_of_the_packages_that_use_the_weights(name):
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    address, file = auxiliary.address(name), auxiliary.FILES[name]
+    assert address.startswith("https://")
+    assert address.endswith(f"/{file}")
+    assert len(auxiliary.promised(Path(file))) == 8
+    assert name != "inception" or address == URL_INCEPTION_V3
+
+
+def test_an_address_that_nobody_knows(cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    cli("fetch", "lpips-alex").error(1, "torchvision", "install")
