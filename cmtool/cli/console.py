@@ -44,7 +44,7 @@ def emit_rows(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [*(max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]), 0]
     for row in rows:
         name, *rest = (f"{_fold(text):<{width}}" for text, width in zip(row, widths, strict=True))
-        _paint(sys.stdout, (name, "bold"), "  ", "  ".join(rest))
+        _paint(sys.stdout, (name, "bold"), "  ", "  ".join(rest).rstrip())
 
 
 def note(text: str) -> None:

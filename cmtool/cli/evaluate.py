@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,10 @@ def evaluate(
     num: Annotated[
         int, typer.Option("--num", "-n", metavar="N", min=2, max=options.MAX_SEEDS, help="Samples: the seeds 0 to N-1.")
     ] = 10_000,
+    repeats: Annotated[
+        int,
+        typer.Option("--repeats", metavar="R", min=1, help="Judge R such sets, the next seeds each: mean and spread."),
+    ] = 1,
     limit: judging.LimitOption = None,
     labels: options.Labels = None,
     times: options.Times = None,
@@ -73,10 +78,15 @@ def evaluate(
 
     Always at hand: fd (Fréchet distance), kd (kernel distance), precision and recall in the features of random filters.
     fid, kid and is take torch-fidelity and its Inception weights; a fid of fewer than 10,000 samples is called fid@N.
-    The JSON holds the whole protocol. The same seeds give the same numbers, in any batches and any number of processes.
+    The JSON holds the whole protocol. The same seeds give the same numbers, in any batches and any number of processes;
+    other seeds give others: --repeats says by how much.
     """
     names = options.parse_names(metrics, "--metrics")
     _check(model, pictures, data, names, teacher, steps, times, out)
+    if repeats > 1 and (pictures is not None or names == [_ODE]):
+        raise UsageError("--repeats are other seeds of a model's samples, and none are judged here", "leave it out")
+    if repeats * num > options.MAX_SEEDS:
+        raise UsageError(f"--repeats {repeats} of {num} samples are too many", f"{options.MAX_SEEDS:,} in all at most")
     if backbone is not None and teacher is None:
         raise UsageError("--lpips-backbone is for the ODE error", f"add --metrics {_ODE} --teacher SOURCE")
     counts: list[int | None] = [None] if steps is None else [*options.parse_steps(steps)]
@@ -120,12 +130,13 @@ def evaluate(
         result["model"] = judging.identity(flow, str(model))
         result["samples"] = {
             "count": num,
-            "seeds": f"0-{num - 1}",
+            "seeds": ",".join(f"{first}-{first + num - 1}" for first in range(0, repeats * num, num)),
             "rounding": "to uint8, once",
             **{name: value for name, value in asked.items() if value is not None},
         }
         how = {"labels": chosen, "solver": solver, "guidance": guidance, "batch": batch}
-        rows = [_row(flow, judge, num, count, times, how, team) for count in counts] if judge is not None else []
+        sets = [range(first, first + num) for first in range(0, repeats * num, num)]
+        rows = [_row(flow, judge, sets, count, times, how, team) for count in counts] if judge is not None else []
         if follow is not None:
             rows += [_ode(flow, follow, str(teacher), min(num, _ODE_SEEDS), chosen, batch, alike)]
     else:
@@ -169,13 +180,13 @@ def _check(
 def _row(
     flow: FlowMap,
     judge: Judge,
-    num: int,
+    sets: list[range],
     steps: int | None,
     times: str | None,
     how: dict[str, Any],
     team: Processes,
 ) -> dict[str, Any]:
-    """The numbers of samples in so many calls."""
+    """The numbers of samples in so many calls; of several sets of seeds the means, and what they are means of."""
     from cmtool.evaluation.judging import samples
 
     used = {"nfe": 0}
@@ -183,22 +194,24 @@ def _row(
     began = time.monotonic()
     title = "samples" if steps is None else f"samples, {steps} steps"
 
-    def made() -> Iterator[Tensor]:
+    def made(seeds: range) -> Iterator[Tensor]:
         done = 0
-        with console.progress(title, len(range(num)[team.share(num)])) as update:
-            for part, nfe in samples(flow, range(num), team, steps=steps, times=given, **how):
+        with console.progress(title, len(seeds[team.share(len(seeds))])) as update:
+            for part, nfe in samples(flow, seeds, team, steps=steps, times=given, **how):
                 used["nfe"] = nfe
                 done += len(part)
                 yield part
                 update(done)
 
-    numbers = judge(made())
+    found = [judge(made(seeds)) for seeds in sets]
+    numbers = {name: [one[name] for one in found] for name in found[0]}
     return {
         "steps": steps,
         "times": given,
         "nfe": used["nfe"],
         "seconds": round(time.monotonic() - began, 2),
-        "metrics": numbers,
+        "metrics": {name: statistics.fmean(values) for name, values in numbers.items()},
+        **({"repeats": numbers} if len(sets) > 1 else {}),
     }
 
 
@@ -237,5 +250,13 @@ def _tell(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
     for row in result["results"]:
         calls = row.get("nfe")
         label = f"{calls} call{'s' * (calls != 1)}" if calls else "ode" if "teacher" in row else "images"
-        lines += [(label, name, f"{value:.6g}") for name, value in row["metrics"].items()]
+        for name, value in row["metrics"].items():
+            lines.append((label, name, f"{value:.6g}", _spread(row.get("repeats", {}).get(name, []))))
     console.emit_rows(lines)
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    least, most, deviation = min(values), max(values), statistics.stdev(values)
+    return f"mean of {len(values)}: {least:.6g} to {most:.6g}, standard deviation {deviation:.2g}"

@@ -65,6 +65,35 @@ def test_a_model_is_judged_with_its_protocol(cli, made, tmp_path):
     assert lines[0].split()[:3] == ["1", "call", "fd_random@12"]
 
 
+def test_repeats_are_sets_of_the_next_seeds(cli, made):
+    ask = ("--model", made / "run", "--data", made / "some", "--precision", "fp32", "-n", 6, "--steps", "1,2")
+    found = told(cli, *ask, "--repeats", 3)
+    assert (found["samples"]["count"], found["samples"]["seeds"]) == (6, "0-5,6-11,12-17")
+    once = told(cli, *ask)
+    for row, single in zip(found["results"], once["results"], strict=True):
+        assert "repeats" not in single
+        assert row["repeats"].keys() == row["metrics"].keys() == single["metrics"].keys()
+        for name, values in row["repeats"].items():
+            assert len(values) == 3
+            assert row["metrics"][name] == pytest.approx(sum(values) / 3)
+            assert values[0] == pytest.approx(single["metrics"][name], rel=1e-4)
+        assert len(set(row["repeats"]["fd_random@6"])) == 3  # other seeds, other numbers
+    lines = cli("evaluate", *ask, "--repeats", 2).lines
+    assert lines[0].startswith("1 call   fd_random@6")
+    assert "mean of 2: " in lines[0]
+    assert "standard deviation" in lines[0]
+    assert not any(line != line.rstrip() for line in cli("evaluate", *ask).lines)
+
+
+def test_repeats_of_what_has_no_seeds(cli, made):
+    some = ("--data", made / "some")
+    cli("evaluate", "--images", made / "other", *some, "--repeats", 2).error(2, "--repeats")
+    cli("evaluate", "--model", made / "run", *some, "--repeats", 0).error(2, "--repeats")
+    cli("evaluate", "--model", made / "run", *some, "-n", 10**6, "--repeats", 2).error(2, "--repeats")
+    ask = ("--model", made / "run", "--teacher", made / "teacher", "--metrics", "ode-error")
+    cli("evaluate", *ask, "--repeats", 2).error(2, "--repeats")
+
+
 def test_numbers_do_not_depend_on_how_they_are_computed(cli, made):
     ask = ("--model", made / "run", "--data", made / "some", "-n", 9, "--metrics", "fd,kd,precision,recall")
     ask = (*ask, "--precision", "fp32")

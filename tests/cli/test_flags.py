@@ -15,8 +15,8 @@ TRAIN = f"""--out --data --preset --iterations --duration --lr --init --lpips-ba
 FLAGS = {
     "": "--version --quiet -q --debug --install-completion --show-completion",
     "train": TRAIN,
-    "evaluate": f"""--model --data --images --metrics --features --weights --steps --num -n --limit --labels --times
-        --solver --guidance --teacher --lpips-backbone --out --role {MAKE}""",
+    "evaluate": f"""--model --data --images --metrics --features --weights --steps --num -n --repeats --limit --labels
+        --times --solver --guidance --teacher --lpips-backbone --out --role {MAKE}""",
     "report": "RUN... --out --png --json",
     "stats": "--data --out --features --weights --resolution --channels --limit --vectors --device --json",
     "search": f"""--model --data --steps --metric --features --weights --num -n --points --scan --write --limit --labels
