@@ -24,12 +24,14 @@ constexpr long BYTES = 32, ROWS = 6;
 constexpr long LANES = BYTES / 4;
 constexpr long COLUMNS = 2 * LANES;  // ROWS x COLUMNS of a product are summed in registers
 constexpr long POINTS = 36;
-constexpr long MOST = 24;  // tiles; see `tiles_at_once`
+constexpr long MOST = 12;  // tiles; see `tiles_at_once`
 constexpr long GAP = 16;  // between the matrices of two points, which else lie in the same lines of the cache
 
 #ifndef SUMS  // a test asks for less
 #define SUMS (256L << 20)  // bytes that a gradient of weights keeps its sums in, at most
 #endif
+
+#define INLINE __attribute__((always_inline))  // where what is constant at the call is to be so inside
 
 typedef float Floats __attribute__((vector_size(BYTES)));
 
@@ -39,6 +41,7 @@ inline Floats load(const float *from) {
     return out;
 }
 inline void store(float *to, Floats value) { memcpy(to, &value, BYTES); }
+inline long least(long a, long b) { return a < b ? a : b; }
 
 struct Shape {
     long B, H, W, inputs, outputs;
@@ -55,41 +58,42 @@ struct Tile {
           x(number % s.across() * 4) {}
 };
 
-// --- the transforms of a line, each result `step` after the one before ------------------------------------------------
+// --- the transforms of a line -----------------------------------------------------------------------------------------
 
 constexpr float P = 0.70710678f, Q = 1.41421356f;
 
-// B' d
-inline void forth(const Floats *d, Floats *out, long step) {
-    Floats even1 = d[4] - 2 * d[2], odd1 = P * (d[3] - 2 * d[1]);
-    Floats even2 = d[4] - 0.5f * d[2], odd2 = Q * (d[3] - 0.5f * d[1]);
-    out[0] = d[0] - 2.5f * d[2] + d[4];
-    out[step] = even1 + odd1;
-    out[2 * step] = even1 - odd1;
-    out[3 * step] = even2 + odd2;
-    out[4 * step] = even2 - odd2;
-    out[5 * step] = d[1] - 2.5f * d[3] + d[5];
-}
+// Both ways to six points have a first one, even + P odd, even - P odd, even + Q odd, even - Q odd and a last one, of
+// numbers d(0), d(1), ...
 
-// A' m
-inline void back(const Floats *m, Floats *out, long step) {
-    Floats even1 = m[1] + m[2], odd1 = P * (m[1] - m[2]), even2 = m[3] + m[4], odd2 = Q * (m[3] - m[4]);
-    out[0] = m[0] + even1 + even2;
-    out[step] = odd1 + odd2;
-    out[2 * step] = 0.5f * even1 + 2 * even2;
-    out[3 * step] = 0.5f * odd1 + 2 * odd2 + m[5];
-}
+struct Inputs {  // B' d
+    static constexpr long SIDE = 6, BEFORE = 1;  // numbers, and how many pixels before the results they begin
+    template <class D> static Floats first(D d) { return d(0) - 2.5f * d(2) + d(4); }
+    template <class D> static Floats even_p(D d) { return d(4) - 2 * d(2); }
+    template <class D> static Floats odd_p(D d) { return d(3) - 2 * d(1); }
+    template <class D> static Floats even_q(D d) { return d(4) - 0.5f * d(2); }
+    template <class D> static Floats odd_q(D d) { return d(3) - 0.5f * d(1); }
+    template <class D> static Floats last(D d) { return d(1) - 2.5f * d(3) + d(5); }
+};
 
-// A dy
-inline void back_adjoint(const Floats *dy, Floats *out, long step) {
-    Floats even1 = dy[0] + 0.5f * dy[2], odd1 = P * (dy[1] + 0.5f * dy[3]);
-    Floats even2 = dy[0] + 2 * dy[2], odd2 = Q * (dy[1] + 2 * dy[3]);
-    out[0] = dy[0];
-    out[step] = even1 + odd1;
-    out[2 * step] = even1 - odd1;
-    out[3 * step] = even2 + odd2;
-    out[4 * step] = even2 - odd2;
-    out[5 * step] = dy[3];
+struct Gradients {  // A dy
+    static constexpr long SIDE = 4, BEFORE = 0;
+    template <class D> static Floats first(D d) { return d(0); }
+    template <class D> static Floats even_p(D d) { return d(0) + 0.5f * d(2); }
+    template <class D> static Floats odd_p(D d) { return d(1) + 0.5f * d(3); }
+    template <class D> static Floats even_q(D d) { return d(0) + 2 * d(2); }
+    template <class D> static Floats odd_q(D d) { return d(1) + 2 * d(3); }
+    template <class D> static Floats last(D d) { return d(3); }
+};
+
+// A' m, each result `step` after the one before
+template <class M>
+INLINE inline void back(M m, Floats *out, long step) {
+    const Floats m1 = m(1), m2 = m(2), m3 = m(3), m4 = m(4);
+    const Floats even_p = m1 + m2, odd_p = m1 - m2, even_q = m3 + m4, odd_q = m3 - m4;
+    out[0] = m(0) + even_p + even_q;
+    out[step] = P * odd_p + Q * odd_q;
+    out[2 * step] = 0.5f * even_p + 2 * even_q;
+    out[3 * step] = 0.5f * P * odd_p + 2 * Q * odd_q + m(5);
 }
 
 // G g
@@ -114,82 +118,124 @@ inline void weigh_adjoint(const Floats *u, Floats *out, long step) {
 
 // --- tiles and their 36 points ----------------------------------------------------------------------------------------
 
-// points[point][tile][channel] of `count` tiles from `first` on; a point's matrix begins `stride` after the one before.
-void inputs_to_points(const Shape &s, const float *x, float *points, long stride, long first, long count) {
-    const long C = s.inputs;
-    for (long t = 0; t < count; t++) {
-        const Tile tile(s, first + t);
-        const float *corner = x + ((tile.image * s.H + tile.y - 1) * s.W + tile.x - 1) * C;
-        const bool inside = tile.y > 0 && tile.x > 0 && tile.y + 5 <= s.H && tile.x + 5 <= s.W;
-        for (long c = 0; c < C; c += LANES) {
-            Floats half[6][6], line[6];
-            for (long i = 0; i < 6; i++) {
-                const bool row = (unsigned long)(tile.y - 1 + i) < (unsigned long)s.H;
-                for (long j = 0; j < 6; j++) {
-                    const bool there = inside || (row && (unsigned long)(tile.x - 1 + j) < (unsigned long)s.W);
-                    line[j] = there ? load(corner + (i * s.W + j) * C + c) : Floats{};
-                }
-                forth(line, &half[0][i], 6);
-            }
-            for (long j = 0; j < 6; j++) {
-                forth(half[j], line, 1);
-                for (long i = 0; i < 6; i++) store(points + (i * 6 + j) * stride + t * C + c, line[i]);
-            }
-        }
-    }
+// Six points of a row, each `stride` after the one before; where the next row's begin.
+template <class Line>
+INLINE inline float *row_of_points(const Floats *half, float *to, long stride) {
+    const auto d = [=](long i) INLINE { return half[i]; };
+    const Floats even_p = Line::even_p(d), odd_p = Line::odd_p(d), even_q = Line::even_q(d), odd_q = Line::odd_q(d);
+    store(to, Line::first(d)), to += stride;
+    store(to, even_p + P * odd_p), to += stride;
+    store(to, even_p - P * odd_p), to += stride;
+    store(to, even_q + Q * odd_q), to += stride;
+    store(to, even_q - Q * odd_q), to += stride;
+    store(to, Line::last(d)), to += stride;
+    return to;
 }
 
-// Of channels [from, to) of the output, which alone are in `points`.
-void gradients_to_points(const Shape &s, const float *dy, float *points, long stride, long first, long count, long from,
-                         long to) {
-    const long C = s.outputs;
+// The points of LANES channels of a tile, whose rows lie `row` and whose columns `column` after the one before. Its
+// numbers are read once for each row or pair of rows of points: what all six rows need does not fit into registers.
+template <class Line>
+INLINE inline void points_of(const float *tile, long row, long column, float *to, long stride) {
+    Floats a[Line::SIDE], b[Line::SIDE];
+    const auto columns = [=](auto use) INLINE {
+        const float *at = tile;
+#pragma GCC unroll 6
+        for (long j = 0; j < Line::SIDE; j++, at += column) use(j, [=](long i) INLINE { return load(at + i * row); });
+    };
+    columns([&](long j, auto d) INLINE { a[j] = Line::first(d); });
+    to = row_of_points<Line>(a, to, stride);
+    columns([&](long j, auto d) INLINE {
+        const Floats even = Line::even_p(d), odd = Line::odd_p(d);
+        a[j] = even + P * odd, b[j] = even - P * odd;
+    });
+    to = row_of_points<Line>(b, row_of_points<Line>(a, to, stride), stride);
+    columns([&](long j, auto d) INLINE {
+        const Floats even = Line::even_q(d), odd = Line::odd_q(d);
+        a[j] = even + Q * odd, b[j] = even - Q * odd;
+    });
+    to = row_of_points<Line>(b, row_of_points<Line>(a, to, stride), stride);
+    columns([&](long j, auto d) INLINE { a[j] = Line::last(d); });
+    row_of_points<Line>(a, to, stride);
+}
+
+// points[point][tile][channel] of `count` tiles from `first` on, and of channels [from, to) of images [B, H, W, C], which
+// alone are there; a point's matrix begins `stride` after the one before.
+template <class Line>
+void to_points(const Shape &s, const float *images, long C, long from, long to, float *points, long stride, long first,
+               long count) {
     for (long t = 0; t < count; t++) {
         const Tile tile(s, first + t);
-        const float *corner = dy + ((tile.image * s.H + tile.y) * s.W + tile.x) * C;
-        const long rows = s.H - tile.y, columns = s.W - tile.x;
+        const long y = tile.y - Line::BEFORE, x = tile.x - Line::BEFORE;
+        const float *corner = images + ((tile.image * s.H + y) * s.W + x) * C;
+        float *out = points + t * (to - from) - from;
+        if (y >= 0 && x >= 0 && y + Line::SIDE <= s.H && x + Line::SIDE <= s.W) {
+            for (long c = from; c < to; c += LANES) points_of<Line>(corner + c, s.W * C, C, out + c, stride);
+            continue;
+        }
         for (long c = from; c < to; c += LANES) {
-            Floats half[6][4], line[6];
-            for (long i = 0; i < 4; i++) {
-                for (long j = 0; j < 4; j++)
-                    line[j] = i < rows && j < columns ? load(corner + (i * s.W + j) * C + c) : Floats{};
-                back_adjoint(line, &half[0][i], 4);
-            }
-            for (long j = 0; j < 6; j++) {
-                back_adjoint(half[j], line, 1);
-                for (long i = 0; i < 6; i++) store(points + (i * 6 + j) * stride + t * (to - from) + c - from, line[i]);
-            }
+            Floats padded[Line::SIDE][Line::SIDE];
+            for (long i = 0; i < Line::SIDE; i++)
+                for (long j = 0; j < Line::SIDE; j++) {
+                    const bool there = y + i >= 0 && y + i < s.H && x + j >= 0 && x + j < s.W;
+                    padded[i][j] = there ? load(corner + (i * s.W + j) * C + c) : Floats{};
+                }
+            points_of<Line>((const float *)padded, Line::SIDE * LANES, LANES, out + c, stride);
         }
     }
 }
 
 void points_to_outputs(const Shape &s, const float *points, const float *bias, float *y, long stride, long first,
                        long count) {
-    const long C = s.outputs;
+    const long C = s.outputs, row = 6 * stride;
     for (long t = 0; t < count; t++) {
         const Tile tile(s, first + t);
         float *corner = y + ((tile.image * s.H + tile.y) * s.W + tile.x) * C;
-        const long rows = s.H - tile.y < 4 ? s.H - tile.y : 4, columns = s.W - tile.x < 4 ? s.W - tile.x : 4;
+        const long rows = least(4, s.H - tile.y), columns = least(4, s.W - tile.x);
         for (long c = 0; c < C; c += LANES) {
             const Floats added = bias ? load(bias + c) : Floats{};
-            Floats half[4][6], line[6];
-            for (long j = 0; j < 6; j++) {
-                for (long i = 0; i < 6; i++) line[i] = load(points + (i * 6 + j) * stride + t * C + c);
-                back(line, &half[0][j], 6);
-            }
-            for (long i = 0; i < rows; i++) {
-                back(half[i], line, 1);
-                for (long j = 0; j < columns; j++) store(corner + (i * s.W + j) * C + c, line[j] + added);
+            const float *at = points + t * C + c;
+            Floats half[4][6], line[4];
+#pragma GCC unroll 6
+            for (long j = 0; j < 6; j++, at += stride)
+                back([=](long i) INLINE { return load(at + i * row); }, &half[0][j], 6);
+            float *to = corner + c;
+            for (long i = 0; i < rows; i++, to += s.W * C) {
+                back([&](long j) INLINE { return half[i][j]; }, line, 1);
+                for (long j = 0; j < columns; j++) store(to + j * C, line[j] + added);
             }
         }
     }
 }
+
+// What is read or written next, fetched while products are computed: a part for each of the points.
+class Ahead {
+    static constexpr long LINE = 64;
+    const char *at, *end;
+    long part;
+
+    static const char *row(const Shape &s, const float *images, long C, long tile, long after) {
+        const Tile first(s, tile);
+        return (const char *)(images + least(first.image * s.H + first.y + after, s.B * s.H) * s.W * C);
+    }
+
+public:
+    // Images [B, H, W, C] from `after` rows below a tile's first on, up to as many below another one's.
+    Ahead(const Shape &s, const float *images, long C, long tile, long last, long after)
+        : at(row(s, images, C, tile, after)), end(row(s, images, C, last, after)), part((end - at) / POINTS + LINE) {}
+
+    template <int USE>
+    INLINE void fetch() {
+        for (long left = part; left > 0 && at < end; left -= LINE, at += LINE) __builtin_prefetch(at, USE, 2);
+    }
+};
+constexpr int READ = 0, WRITTEN = 1;
 
 // --- products of matrices ---------------------------------------------------------------------------------------------
 
 // m [R, COLUMNS] = a [R, depth] b [depth, COLUMNS], or that added to it. A step goes along the depth; always inlined, so
 // that what is constant where it is called (a step of 1) is so here.
 template <long R>
-inline __attribute__((always_inline)) void product(const float *a, long a_row, long a_step, const float *b, long b_step,
+INLINE inline void product(const float *a, long a_row, long a_step, const float *b, long b_step,
                                                    float *m, long m_row, long depth, bool added) {
     Floats sum[R][2] = {};
     for (long d = 0; d < depth; d++) {
@@ -213,8 +259,6 @@ inline __attribute__((always_inline)) void product(const float *a, long a_row, l
         store(m + r * m_row + LANES, sum[r][1]);
     }
 }
-
-long least(long a, long b) { return a < b ? a : b; }
 
 }  // namespace
 
@@ -259,12 +303,15 @@ void weights(const float *g, const long *strides, float *out, long inputs, long 
         for (long c = 0; c < COLUMNS; c++)
             for (long o = 0; o < COLUMNS; o += LANES) {
                 Floats half[6][3], line[6];
+#pragma GCC unroll 3
                 for (long j = 0; j < 3; j++) {
                     Floats column[3] = {load(&own[0][j][c][o]), load(&own[1][j][c][o]), load(&own[2][j][c][o])};
                     weigh(column, &half[0][j], 3);
                 }
+#pragma GCC unroll 6
                 for (long i = 0; i < 6; i++) {
                     weigh(half[i], line, 1);
+#pragma GCC unroll 6
                     for (long j = 0; j < 6; j++)
                         store(out + (((i * 6 + j) * panels + panel) * inputs + first + c) * COLUMNS + o, line[j]);
                 }
@@ -282,12 +329,17 @@ void forward(const float *x, const float *weights, const float *bias, float *y, 
         float *d = scratch + omp_get_thread_num() * room(at_once, inputs, outputs);
         float *m = d + POINTS * d_stride;
         const long count = least(at_once, tiles - first);
-        inputs_to_points(s, x, d, d_stride, first, count);
-        for (long point = 0; point < POINTS; point++)
+        to_points<Inputs>(s, x, inputs, 0, inputs, d, d_stride, first, count);
+        // Tiles that follow have seen a row below the last results already.
+        const long next = first + count;
+        Ahead next_x(s, x, inputs, next, next + at_once, 1), own_y(s, y, outputs, first, next, 0);
+        for (long point = 0; point < POINTS; point++) {
+            next_x.fetch<READ>(), own_y.fetch<WRITTEN>();
             for (long o = 0; o < outputs; o += COLUMNS)
                 for (long t = 0; t < count; t += ROWS)  // rows after the last tile are computed and not looked at
                     product<ROWS>(d + point * d_stride + t * inputs, inputs, 1, weights + (point * outputs + o) * inputs,
                                   COLUMNS, m + point * m_stride + t * outputs + o, outputs, inputs, false);
+        }
         points_to_outputs(s, m, bias, y, m_stride, first, count);
     }
 }
@@ -298,7 +350,8 @@ long parts(long inputs, long outputs, int threads) {
     return most < 1 ? 1 : least(threads, most);
 }
 
-// dg, by its strides; `scratch` has room(at_once, ...) for each thread, `sums` [part][point][output][input].
+// dg, by its strides; `scratch` has room(at_once, ...) for each thread, `sums` are [part][point][inputs / COLUMNS][output]
+// [COLUMNS], in the order in which they are added to.
 //
 // A part of the tiles belongs to one thread, or to several that share the outputs.
 void weight_gradient(const float *x, const float *dy, float *dg, float *scratch, float *sums, const long *strides, long B,
@@ -317,25 +370,29 @@ void weight_gradient(const float *x, const float *dy, float *dg, float *scratch,
             const long d_stride = at_once * inputs + GAP, m_stride = at_once * some + GAP;
             float *m = d + POINTS * d_stride, *sum = sums + part * size;
             if (begin == end)
-                for (long point = 0; point < POINTS; point++)
-                    memset(sum + (point * outputs + from) * inputs, 0, some * inputs * sizeof(float));
+                for (long panel = 0; panel < POINTS * inputs / COLUMNS; panel++)
+                    memset(sum + (panel * outputs + from) * COLUMNS, 0, some * COLUMNS * sizeof(float));
             for (long first = begin; first < end; first += at_once) {
                 const long count = least(at_once, end - first);
-                inputs_to_points(s, x, d, d_stride, first, count);
-                gradients_to_points(s, dy, m, m_stride, first, count, from, to);
-                for (long point = 0; point < POINTS; point++)
+                to_points<Inputs>(s, x, inputs, 0, inputs, d, d_stride, first, count);
+                to_points<Gradients>(s, dy, outputs, from, to, m, m_stride, first, count);
+                const long next = first + count, last = next + at_once;
+                Ahead next_x(s, x, inputs, next, last, 1), next_dy(s, dy, outputs, next, last, 0);
+                for (long point = 0; point < POINTS; point++) {
+                    next_x.fetch<READ>(), next_dy.fetch<READ>();
                     for (long c = 0; c < inputs; c += COLUMNS) {
                         const float *a = m + point * m_stride, *b = d + point * d_stride + c;
-                        float *into = sum + (point * outputs + from) * inputs + c;
+                        float *into = sum + (point * inputs + c) * outputs + from * COLUMNS;
                         const bool added = first > begin;
                         long o = 0;
                         for (; o + ROWS <= some; o += ROWS)
-                            product<ROWS>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<ROWS>(a + o, 1, some, b, inputs, into + o * COLUMNS, COLUMNS, count, added);
                         for (; o + 4 <= some; o += 4)
-                            product<4>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<4>(a + o, 1, some, b, inputs, into + o * COLUMNS, COLUMNS, count, added);
                         for (; o < some; o += 2)
-                            product<2>(a + o, 1, some, b, inputs, into + o * inputs, inputs, count, added);
+                            product<2>(a + o, 1, some, b, inputs, into + o * COLUMNS, COLUMNS, count, added);
                     }
+                }
             }
         }
 #pragma omp for schedule(static)
@@ -344,7 +401,8 @@ void weight_gradient(const float *x, const float *dy, float *dg, float *scratch,
                 Floats half[6][3], line[6], out[3];
                 for (long i = 0; i < 6; i++) {
                     for (long j = 0; j < 6; j++) {
-                        const float *sum = sums + ((i * 6 + j) * outputs + o) * inputs + c;
+                        const long panel = (i * 6 + j) * inputs + c / COLUMNS * COLUMNS;
+                        const float *sum = sums + panel * outputs + o * COLUMNS + c % COLUMNS;
                         line[j] = load(sum);
                         for (long part = 1; part < kept; part++) line[j] += load(sum + part * size);
                     }
