@@ -18,7 +18,7 @@ from cmtool import compiled
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FILLED = 0.6  # of the tiles' pixels, at least, are the image's: where fewer are, too much is computed for nothing
-_FEWEST = 16  # tiles: for fewer, the weights' 36 points are not worth computing
+_FEWEST = 48  # tiles: for fewer, the weights' 36 points are not worth computing
 _TILES = 32  # at once in a gradient of weights: more are no faster, and longer sums less exact
 
 

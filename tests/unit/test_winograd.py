@@ -19,6 +19,14 @@ WIDTH = 32  # channels that fit vectors of any width, so that errors are the sam
 SHAPES = [(4, 1, 1, 8, 8), (3, 2, 3, 7, 9), (40, 3, 1, 4, 4), (2, 1, 2, 16, 5), (1, 4, 2, 32, 32), (17, 1, 1, 3, 4)]
 
 
+@pytest.fixture(autouse=True)
+def fewest(monkeypatch):
+    """What is computed is right for 16 tiles, too, for which torch would be faster; returns the real bound."""
+    real = winograd._FEWEST
+    monkeypatch.setattr(winograd, "_FEWEST", 16)
+    return real
+
+
 def given(images, channels, outputs, height, width, *, seed=0, last=True):
     generator = torch.Generator().manual_seed(seed)
     size = (images, channels * WIDTH, height, width)
@@ -152,6 +160,15 @@ def test_who_gets_it():
     assert not winograd.usable(x.repeat(9, 1, 1, 1)[..., :2, :2], weight, ONES, ONES)  # mostly beyond the edges
     assert not winograd.usable(x[:0], weight, ONES, ONES)
     assert not winograd.usable(x.to("meta"), weight.to("meta"), ONES, ONES)
+
+
+def test_few_tiles_are_torch_s(monkeypatch, fewest):
+    monkeypatch.setattr(winograd, "_FEWEST", fewest)
+    for images, height, used in ((1, 24, False), (1, 28, True), (3, 16, True), (2, 16, False)):
+        x, weight, *_ = given(images, 1, 1, height, 28 if images == 1 else 16)
+        assert winograd.usable(x, weight, ONES, ONES) == used
+        out = wide(x, weight, torch.zeros(len(weight)), torch.zeros(images, len(weight), *x.shape[2:]))[0]
+        assert distance(convolve(x, weight, None, ONES, ONES), out) < 1e-5
 
 
 def test_the_network_s_convolution():
