@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,25 +61,23 @@ def examine(device: str = "auto") -> Iterator[Finding]:
     """
     on = precision.device(device)
     dtype = precision.compute_dtype("auto", on) or torch.float32
-    checks: list[Callable[[], Finding | list[Finding]]] = [
-        _versions,
-        lambda: _torch(on),
-        lambda: _device(on),
-        lambda: _precision(on, dtype),
-        lambda: _compiled("fast noise", Path(rng.__file__)),
-        *([lambda: _compiled("fast norms", Path(native.__file__)), _convolutions] if on.type == "cpu" else []),
-        *([_memory] if on.type == "cpu" else []),
-        *([_kernels] if on.type == "cuda" else []),
-        lambda: _numbers(on, dtype),
-        _lpips,
-        _weights,
-        _packages,
-        _cache,
-        _environment,
-    ]
-    for check in checks:
-        found = check()
-        yield from found if isinstance(found, list) else [found]
+    yield _versions()
+    yield _torch()
+    yield _device(on)
+    yield _precision(on, dtype)
+    yield _compiled("fast noise", Path(rng.__file__))
+    if on.type == "cpu":
+        yield _compiled("fast norms", Path(native.__file__))
+        yield _convolutions()
+        yield Finding("memory", f"freed tensors are kept for the next ones {memory.keep()}")
+    elif on.type == "cuda":
+        yield _kernels()
+    yield from _numbers(on, dtype)
+    yield _lpips()
+    yield from _weights()
+    yield from _packages()
+    yield _cache()
+    yield _environment()
 
 
 def _versions() -> Finding:
@@ -87,14 +85,16 @@ def _versions() -> Finding:
     return Finding("cmtool", says)
 
 
-def _torch(on: torch.device) -> Finding:
+def _torch() -> Finding:
     threads, cores = torch.get_num_threads(), machine.cpu().cores
     says = f"{torch.__version__}, {threads} threads for {cores} cores"
     if threads > cores:
         return Finding("torch", says, f"OMP_NUM_THREADS={cores}: more threads than cores wait for each other")
-    if on.type == "cpu" and torch.version.cuda:
+    if torch.cuda.is_available():
+        return Finding("torch", says)
+    if torch.version.cuda:
         return Finding("torch", says, f"it is built for CUDA {torch.version.cuda}, and finds no GPU: see nvidia-smi")
-    if on.type == "cpu" and _GPU.exists():
+    if _GPU.exists():
         return Finding("torch", says, "there is an NVIDIA GPU, and this torch is built without CUDA")
     return Finding("torch", says)
 
@@ -133,10 +133,6 @@ def _convolutions() -> Finding:
     if found.hint or winograd.library() is not None:
         return found
     return Finding(found.name, "none for this processor: torch's are as fast")
-
-
-def _memory() -> Finding:
-    return Finding("memory", f"freed tensors are kept for the next ones {memory.keep()}")
 
 
 def _kernels() -> Finding:
