@@ -51,6 +51,8 @@ def problem(source: Path) -> str:
         said = error.stderr.decode(errors="replace").splitlines()
         return "the compiler fails: " + next((line for line in said if "error" in line), "".join(said[:1]))
     except OSError as error:
+        if error.filename == _compiler()[0]:
+            return f"there is no compiler {error.filename!r}"
         return f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except _FAILURES as error:
         return str(error)
@@ -104,9 +106,9 @@ def _make(file: Path, command: list[str]) -> None:
 
 def _plan(source: Path) -> tuple[Path, list[str]]:
     """Where a source's library lies, and the command that makes it, but for `-o`."""
-    compiler, text = os.environ.get("CXX") or "c++", source.read_bytes()
-    told = [compiler, *_FLAGS, platform.machine(), _processor()]
-    command = [*compiler.split(), *_FLAGS, str(source)]
+    text = source.read_bytes()
+    told = [" ".join(_compiler()), *_FLAGS, platform.machine(), _processor()]
+    command = [*_compiler(), *_FLAGS, str(source)]
     if b"#include <c10/" in text:
         import torch
 
@@ -115,6 +117,11 @@ def _plan(source: Path) -> tuple[Path, list[str]]:
         command += ["-std=c++20", f"-I{home / 'include'}", f"-L{home / 'lib'}", "-lc10"]
     name = f"{source.stem}-{hashlib.sha256(text + chr(0).join(told).encode()).hexdigest()[:16]}.so"
     return cache.folder("native") / name, command
+
+
+def _compiler() -> list[str]:
+    """The compiler and what it is always told."""
+    return os.environ.get("CXX", "").split() or ["c++"]
 
 
 def _processor() -> str:

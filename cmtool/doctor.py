@@ -124,8 +124,8 @@ def _compiled(name: str, module: Path) -> Finding:
     problem = compiled.problem(module.with_suffix(".cpp"))
     if not problem:
         return Finding(name, "compiled")
-    wanted = compiled.enabled("CMTOOL_NATIVE")
-    return Finding(name, problem, f"{_SLOWER}; a C++ compiler is c++, or what CXX names" if wanted else _SLOWER)
+    remedy = "; install a C++ compiler, or name one in CXX" if "compiler" in problem else ""
+    return Finding(name, problem, f"{_SLOWER}{remedy}")
 
 
 def _convolutions() -> Finding:

@@ -150,7 +150,8 @@ def test_native_code_turned_off(findings, monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "says"),
     [
-        ("/nowhere/c++", "/nowhere/c++"),
+        ("/nowhere/c++", "there is no compiler '/nowhere/c++'"),
+        ("nothing-at-all -O1", "there is no compiler 'nothing-at-all'"),
         ("c++ --no-such-flag-at-all", "the compiler fails: "),
         ("false", "the compiler fails"),
         (f"{sys.executable} -c pass", ""),
@@ -162,7 +163,15 @@ def test_a_compiler_that_makes_nothing(compiler, says, findings, briefly, monkey
     found = findings()["fast norms"]
     assert says in found["says"]
     assert found["says"] != "compiled"
-    assert "compiler" in found["hint"]
+    assert "slower" in found["hint"]
+    assert ("CXX" in found["hint"]) == ("compiler" in found["says"])
+
+
+def test_a_blank_compiler_is_the_usual_one(findings, briefly, monkeypatch):
+    monkeypatch.setenv("CXX", "  ")
+    assert findings()["fast norms"]["says"] == (
+        "there is no compiler 'c++'" if native.library() is None else "compiled"
+    )
 
 
 def test_a_cache_that_is_a_file(findings, briefly, monkeypatch, tmp_path):
