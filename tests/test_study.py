@@ -7,6 +7,7 @@ import json
 import re
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,38 @@ def test_the_table_is_made_of_the_runs(tmp_path, kept):
     for name in ("calls", "seconds", "samples"):
         with Image.open(tmp_path / f"{name}.png") as made, Image.open(kept / f"{name}.png") as known:
             assert made.size == known.size
+
+
+def test_of_many_seeds_the_table_tells_mean_and_deviation(tmp_path):
+    for seed, run in enumerate(("ct-0", "ct-1", "ct-0", "ct-1")):
+        shutil.copytree(STUDY / "kept" / run, tmp_path / f"ct-{3 * seed}")
+    command = [sys.executable, STUDY / "study.py", "--out", tmp_path, "--table"]
+    subprocess.run(command, capture_output=True, timeout=120, check=True)
+    (row,) = ((tmp_path / "table.md").read_text().splitlines())[2:]
+    low, high = sorted(
+        row["metrics"]["fd_judge@2000"]
+        for run in ("ct-0", "ct-1")
+        for row in json.loads((STUDY / "kept" / run / "quality.json").read_text())["results"]
+        if row["nfe"] == 1
+    )
+    assert f"| {(low + high) / 2:.3f} ± {(high - low) / 3**0.5:.3f} (4) |" in row
+
+
+@pytest.mark.parametrize("name", ["ct", "cd"])
+def test_the_first_study_s_runs_lie_where_five_seeds_expect_them(name):
+    def distances(kept, seed, calls):
+        results = json.loads((STUDY / kept / f"{name}-{seed}" / "quality.json").read_text())["results"]
+        return next(row["metrics"]["fd_judge@2000"] for row in results if row["nfe"] == calls)
+
+    cells = []
+    for calls in (1, 2, 4):
+        five = [distances("kept-again", seed, calls) for seed in range(5)]
+        wide = 2.776 * statistics.stdev(five) * (1 + 1 / 5) ** 0.5  # Student's t for 95 %, four degrees of freedom
+        first = sorted(distances("kept", seed, calls) for seed in (0, 1))
+        low, high = statistics.fmean(five) - wide, statistics.fmean(five) + wide
+        assert low < first[0] < first[1] < high
+        cells += [f"{low:.2f} to {high:.2f}", f"{first[0]:.3f}, {first[1]:.3f}"]
+    assert f"| `{name}` | {' | '.join(cells)} |" in (STUDY / "README.md").read_text()
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.parent.name}/{run.name}")

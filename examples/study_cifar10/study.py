@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -197,7 +199,11 @@ class Study:
         self._samples(list(found))
 
     def _seeds(self, row: Row) -> Sequence[int]:
-        return [0] if row in TEACHERS else self.seeds
+        """Those that are there."""
+        if row in TEACHERS:
+            return [0]
+        names = (re.fullmatch(rf"{row.name}-(\d+)", folder.name) for folder in self.out.glob(f"{row.name}-*"))
+        return sorted(int(name[1]) for name in names if name)
 
     def _read(self, folder: Path) -> dict | None:
         if not (folder / "quality.json").exists():
@@ -217,10 +223,10 @@ class Study:
 
     def _line(self, row: Row, many: list[dict]) -> str:
         def over(values: list[float], form: str) -> str:
-            if not values:
-                return ""
-            low, high = min(values), max(values)
-            return format(low, form) if len(values) == 1 else f"{format(low, form)} to {format(high, form)}"
+            """Of two seeds both, of more the mean and the standard deviation."""
+            if len(values) < 3:
+                return " to ".join(format(value, form) for value in sorted(values))
+            return f"{statistics.fmean(values):{form}} ± {statistics.stdev(values):{form}} ({len(values)})"
 
         fewest = min(min(one["calls"]) for one in many)
         teacher = row in TEACHERS
