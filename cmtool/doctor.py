@@ -22,8 +22,7 @@ from torch import Tensor
 from cmtool import __version__, cache, compiled, memory, precision, rng
 from cmtool.errors import UserError
 from cmtool.flow.flow_map import FlowMap
-from cmtool.io import auxiliary, box, loading, machine, origins
-from cmtool.io.files import sha256_of
+from cmtool.io import auxiliary, box, catalogue, loading, machine, origins
 from cmtool.networks import native, winograd
 
 _GPU = Path("/dev/nvidia0")  # there where the driver of an NVIDIA GPU is loaded
@@ -162,11 +161,11 @@ def _numbers(on: torch.device, dtype: torch.dtype) -> list[Finding]:
 
 
 def _one_call(model: FlowMap, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Images in one call, and the gradient of the sum of their squares: that of all weights, as one vector."""
+    """Images in one call, and the gradient of their mean square: that of all weights, as one vector."""
     model.requires_grad_().compute_in(None if dtype == noise.dtype else dtype)
-    time = torch.full((len(noise),), model.path.t_max, dtype=noise.dtype, device=noise.device)
+    t = torch.full((len(noise),), model.path.t_max, dtype=noise.dtype, device=noise.device)
     labels = torch.arange(len(noise), device=noise.device) if model.card.num_classes else None
-    made = model.jump(noise * time[0], time, torch.full_like(time, model.path.t_min), labels=labels)
+    made = model.jump(noise * t[0], t, torch.full_like(t, model.path.t_min), labels=labels)
     slopes = torch.autograd.grad(made.square().mean(), list(model.parameters()), allow_unused=True)
     flat = torch.cat([slope.double().flatten().cpu() for slope in slopes if slope is not None])
     return made.detach().double().cpu(), flat
@@ -193,14 +192,14 @@ def _lpips() -> Finding:
 def _weights() -> list[Finding]:
     """What LPIPS and FID need besides their packages."""
     told = []
-    for name in auxiliary.FILES:
+    for name in catalogue.WEIGHTS:
         file = auxiliary.find(name)
         if not file.is_file():
             told.append(Finding(f"weights {name}", f"not here: cmtool fetch {name}"))
-        elif sha256_of(file).startswith(auxiliary.promised(file)):
-            told.append(Finding(f"weights {name}", str(file)))
+        elif said := auxiliary.damage(file):
+            told.append(Finding(f"weights {name}", said, f"delete it, and cmtool fetch {name}"))
         else:
-            told.append(Finding(f"weights {name}", f"{file} is damaged", f"delete it, and cmtool fetch {name}"))
+            told.append(Finding(f"weights {name}", str(file)))
     return told
 
 

@@ -225,7 +225,7 @@ def _explain(error: Exception, argv: list[str]) -> tuple[str, str, int]:
     if isinstance(error, OSError) and error.strerror:
         places = ", ".join(repr(os.fspath(name)) for name in (error.filename, error.filename2) if isinstance(name, str))
         return f"{error.strerror}: {places}".rstrip(": "), "check the path, the permissions and the space left", 1
-    return f"internal error: {type(error).__name__}: {error}", "report what --debug prints, and cmtool doctor", 1
+    return f"internal error: {type(error).__name__}: {error}", "report what --debug and cmtool doctor print", 1
 
 
 def _usage(error: Any) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,14 +127,14 @@ def evaluate(
         chosen = images.labels(flow, labels)
         asked = {"solver": solver, "guidance": None if guidance == 1 else guidance, "labels": chosen}
         result["model"] = judging.identity(flow, str(model))
+        sets = [range(first, first + num) for first in range(0, repeats * num, num)]
         result["samples"] = {
             "count": num,
-            "seeds": ",".join(f"{first}-{first + num - 1}" for first in range(0, repeats * num, num)),
+            "seeds": ",".join(f"{seeds[0]}-{seeds[-1]}" for seeds in sets),
             "rounding": "to uint8, once",
             **{name: value for name, value in asked.items() if value is not None},
         }
         how = {"labels": chosen, "solver": solver, "guidance": guidance, "batch": batch}
-        sets = [range(first, first + num) for first in range(0, repeats * num, num)]
         rows = [_row(flow, judge, sets, count, times, how, team) for count in counts] if judge is not None else []
         if follow is not None:
             rows += [_ode(flow, follow, str(teacher), min(num, _ODE_SEEDS), chosen, batch, alike)]
@@ -187,6 +186,8 @@ def _row(
     team: Processes,
 ) -> dict[str, Any]:
     """The numbers of samples in so many calls; of several sets of seeds the means, and what they are means of."""
+    from statistics import fmean
+
     from cmtool.evaluation.judging import samples
 
     used = {"nfe": 0}
@@ -210,7 +211,7 @@ def _row(
         "times": given,
         "nfe": used["nfe"],
         "seconds": round(time.monotonic() - began, 2),
-        "metrics": {name: statistics.fmean(values) for name, values in numbers.items()},
+        "metrics": {name: fmean(values) for name, values in numbers.items()},
         **({"repeats": numbers} if len(sets) > 1 else {}),
     }
 
@@ -258,5 +259,7 @@ def _tell(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
 def _spread(values: list[float]) -> str:
     if not values:
         return ""
-    least, most, deviation = min(values), max(values), statistics.stdev(values)
+    from statistics import stdev
+
+    least, most, deviation = min(values), max(values), stdev(values)
     return f"mean of {len(values)}: {least:.6g} to {most:.6g}, standard deviation {deviation:.2g}"

@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from cmtool.io.origins import Located
 
 
-def released_names() -> list[str]:
+def fetchable() -> list[str]:
     """What can be fetched by name, for completion."""
-    from cmtool.io.auxiliary import FILES
-    from cmtool.io.catalogue import RELEASED
+    from cmtool.io.catalogue import RELEASED, WEIGHTS
 
-    return [*RELEASED, *FILES]
+    return [*RELEASED, *WEIGHTS]
 
 
 def fetch(
@@ -29,7 +28,7 @@ def fetch(
             metavar="NAME",
             help="Released names (see models ls), hf:owner/name[@revision][:file], https addresses, or weights: "
             "lpips-vgg, lpips-alex, inception.",
-            autocompletion=released_names,
+            autocompletion=fetchable,
         ),
     ],
     as_json: options.Json = False,
@@ -40,7 +39,7 @@ def fetch(
     cache. A download that was cut goes on where it stopped. lpips-vgg and lpips-alex are what the LPIPS distance is
     made of, inception is what FID is defined by.
     """
-    from cmtool.io import auxiliary, origins
+    from cmtool.io import auxiliary, catalogue, origins
 
     for name in names:
         if Path(name).exists():
@@ -50,7 +49,7 @@ def fetch(
     described = []
     for name in names:
         with console.fetching(name) as progress:
-            if name in auxiliary.FILES:
+            if name in catalogue.WEIGHTS:
                 located = origins.Located(auxiliary.fetch(name, progress), None, name)
             else:
                 located = origins.resolve(name, progress=progress)

@@ -13,14 +13,9 @@ from pathlib import Path
 from cmtool.compat import repair_torchvision
 from cmtool.errors import CheckpointError, DependencyError
 from cmtool.io import origins
+from cmtool.io.catalogue import WEIGHTS
 from cmtool.io.files import sha256_of
 
-# As torchvision and torch-fidelity name them: the last eight digits are the first of their SHA-256.
-FILES = {
-    "lpips-vgg": "vgg16-397923af.pth",
-    "lpips-alex": "alexnet-owt-7be5be79.pth",
-    "inception": "weights-inception-2015-12-05-6726825d.pth",
-}
 _TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
 
 
@@ -31,7 +26,7 @@ def address(name: str) -> str:
         DependencyError: a torchvision that cannot be imported.
     """
     if name == "inception":
-        return f"{_TORCH_FIDELITY}{FILES[name]}"
+        return f"{_TORCH_FIDELITY}{WEIGHTS[name]}"
     repair_torchvision()
     try:
         from torchvision import models
@@ -48,13 +43,24 @@ def find(name: str) -> Path:
     """The file of the weights: where torch.hub keeps its downloads, or in cmtool's cache; it need not exist."""
     import torch
 
-    shared = Path(torch.hub.get_dir(), "checkpoints", FILES[name])
-    own = origins.folder() / FILES[name]
+    shared = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS[name])
+    own = origins.folder() / WEIGHTS[name]
     return own if own.is_file() and not shared.is_file() else shared
 
 
-def promised(file: Path) -> str:
-    """How a file's SHA-256 starts, by its name; empty where the name does not tell."""
+def damage(file: Path, sha256: str | None = None) -> str:
+    """What is wrong with a file whose name tells how its SHA-256 starts, in a few words; empty where nothing is.
+
+    Args:
+        sha256: the file's, where somebody knows it.
+    """
+    start = _promised(file)
+    if not start or (sha256 or sha256_of(file)).startswith(start):
+        return ""
+    return f"{file} is damaged: its SHA-256 does not start with {start}"
+
+
+def _promised(file: Path) -> str:
     found = re.search(r"-([0-9a-f]{8})\.pth$", file.name)
     return found[1] if found else ""
 
@@ -63,18 +69,16 @@ def fetch(name: str, progress: Callable[[int, int | None], None] | None = None) 
     """See to it that the weights are on this machine, and return their file.
 
     Args:
-        name: of `FILES`.
+        name: of `catalogue.WEIGHTS`.
         progress: called with the bytes there so far and those in all (None if nobody knows).
     Raises:
         CheckpointError: if they cannot be had, or are not what their name promises.
         DependencyError: see `address`.
     """
-    file = find(name)
-    if not file.is_file():
-        file = origins.folder() / FILES[name]
-        origins.bring(address(name), file, name, progress=progress)
-    if not sha256_of(file).startswith(promised(file)):
-        raise CheckpointError(
-            f"{file} is damaged: its SHA-256 does not start with {promised(file)}", "delete it, and fetch it again"
-        )
+    file, own = find(name), origins.folder() / WEIGHTS[name]
+    if file == own or not file.is_file():
+        origins.bring(address(name), own, name, _promised(own), progress=progress)
+        return own
+    if said := damage(file):
+        raise CheckpointError(said, "delete it, and fetch it again")
     return file

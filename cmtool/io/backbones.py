@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cmtool.errors import DependencyError
-from cmtool.io import auxiliary
-from cmtool.io.files import sha256_of
+from cmtool.io import auxiliary, catalogue
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "CMTOOL_LPIPS_BACKBONE"
-FILES = {net: auxiliary.FILES[f"lpips-{net}"] for net in ("vgg", "alex")}  # torchvision's names
+FILES = {net: catalogue.WEIGHTS[f"lpips-{net}"] for net in ("vgg", "alex")}  # torchvision's names
 
 
 def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapping[str, Tensor]:
     """The weights of a trunk, as torchvision names them (`features.N.weight`, ...).
 
     Looked for in `given`, else in the file that $CMTOOL_LPIPS_BACKBONE names, else where torch.hub
-    keeps its downloads, and in cmtool's cache.
+    keeps its downloads and in cmtool's cache.
 
     Args:
         net: "vgg" or "alex".
@@ -40,10 +39,9 @@ def read_backbone(net: str, given: str | os.PathLike[str] | None = None) -> Mapp
     )
     if not path.is_file():
         raise DependencyError(f"LPIPS needs the weights of its {net} trunk, and there is no {path}", hint)
-    promised = auxiliary.promised(path)
     try:
-        if promised and not sha256_of(path).startswith(promised):
-            raise DependencyError(f"{path} is damaged: its SHA-256 does not start with {promised}", hint)
+        if said := auxiliary.damage(path):
+            raise DependencyError(said, hint)
         if path.suffix == ".safetensors":
             state: Mapping[str, Tensor] = load_file(path)
         else:

@@ -256,9 +256,18 @@ RELEASED: dict[str, Released] = {
 }
 
 
+# Weights that distances and measures are made of, as torchvision and torch-fidelity name their files: the last eight
+# digits are the first of their SHA-256.
+WEIGHTS = {
+    "lpips-vgg": "vgg16-397923af.pth",
+    "lpips-alex": "alexnet-owt-7be5be79.pth",
+    "inception": "weights-inception-2015-12-05-6726825d.pth",
+}
+
+
 def suggest(name: str) -> str:
     """The nearest names, or where they are listed."""
-    close = nearest(name, [*BOXED, *RELEASED])
+    close = nearest(name, [*BOXED, *RELEASED, *WEIGHTS])
     return close if close.endswith("?") else "cmtool models ls lists the released checkpoints"
 
 

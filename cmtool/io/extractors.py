@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cmtool.errors import DataError, DependencyError
-from cmtool.io import auxiliary
+from cmtool.io import auxiliary, catalogue
 from cmtool.io.files import sha256_of, write_atomic
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-INCEPTION = auxiliary.FILES["inception"]  # torch-fidelity's conversion of the TensorFlow weights
+INCEPTION = catalogue.WEIGHTS["inception"]  # torch-fidelity's conversion of the TensorFlow weights
 DINOV2 = "dinov2_vitl14_pretrain.pth"
 _DINOV2_CODE = "facebookresearch_dinov2_main"
 _COPY = "copy or download it again"
@@ -43,8 +43,8 @@ def find_inception(given: Path | None = None) -> tuple[Path, str]:
     if not path.is_file():
         raise DependencyError(f"FID needs the weights of its Inception network, and there is no {path}", hint)
     digest = sha256_of(path)
-    if path.name == INCEPTION and not digest.startswith("6726825d"):
-        raise DependencyError(f"{path} is damaged: its SHA-256 does not start with 6726825d", hint)
+    if said := auxiliary.damage(path, digest):
+        raise DependencyError(said, hint)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # what passes here runs nothing elsewhere
         shape = tuple(state["fc.weight"].shape)

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NamedTuple, NoReturn
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from cmtool import __version__, cache
@@ -104,6 +104,8 @@ def resolve(
         file = folder() / released.file
         _ensure(released.url, file, released, text, offline, progress)
         return Located(file, released, text)
+    if isinstance(source, str) and text in catalogue.WEIGHTS:
+        raise CheckpointError(f"{text} are the weights of a measure, and no model", "cmtool models ls lists the models")
     if not isinstance(source, str) or _like_path(text):
         named = catalogue.by_file(Path(text))
         hint = f"did you mean the release {named.name}?" if named else "name a run folder, a model file or a release"
@@ -113,15 +115,15 @@ def resolve(
     )
 
 
-def bring(url: str, file: Path, name: str, *, progress: Progress | None = None) -> None:
-    """See to it that a file of the cache is there, and is the one of the first time.
+def bring(url: str, file: Path, name: str, sha256: str, *, progress: Progress | None = None) -> None:
+    """See to it that a file of the cache is there, and is what it should be.
 
     Args:
-        url: where it comes from. file: where it is to lie. name: what users call it.
+        url: where it comes from. file: where it is to lie. name: what users call it. sha256: how its checksum starts.
     Raises:
-        CheckpointError: it cannot be had, or has changed.
+        CheckpointError: it cannot be had, or is another file.
     """
-    _ensure(url, file, None, name, kept_offline(), progress)
+    _ensure(url, file, _Known(sha256=sha256), name, kept_offline(), progress)
 
 
 def folder() -> Path:
@@ -269,8 +271,15 @@ class _Record:
         return (self.bytes, self.mtime_ns) == (stat.st_size, stat.st_mtime_ns) and self.sha256 is not None
 
 
+class _Known(NamedTuple):
+    """What is known of a file that is no release: its bytes, and at least the start of its SHA-256."""
+
+    size: int | None = None
+    sha256: str | None = None
+
+
 def _ensure(
-    url: str, file: Path, released: Released | None, name: str, offline: bool, progress: Progress | None
+    url: str, file: Path, released: Released | _Known | None, name: str, offline: bool, progress: Progress | None
 ) -> None:
     """See to it that the file is there and is the right one."""
     try:
@@ -290,7 +299,7 @@ def _ensure(
         ) from error
 
 
-def _there(file: Path, released: Released | None) -> bool:
+def _there(file: Path, released: Released | _Known | None) -> bool:
     """Whether the file is in the cache and is what it should be.
 
     It is read through only if it has changed since it was last found right, or was put there by hand.
@@ -302,11 +311,11 @@ def _there(file: Path, released: Released | None) -> bool:
         return False
     stat, record = file.stat(), _Record.of(file)
     size, sha256 = _expected(released, record)
-    if record.fits(stat) and sha256 == record.sha256 and size == record.bytes:
+    if record.fits(stat) and _is(record.sha256, sha256) and size == record.bytes:
         return True
     _refuse_stand_in(_start(file), str(file))
     found = sha256_of(file)
-    if (size is not None and stat.st_size != size) or (sha256 is not None and found != sha256):
+    if (size is not None and stat.st_size != size) or not _is(found, sha256):
         known = f"{size:,} bytes" if size is not None and stat.st_size != size else f"SHA-256 {sha256}"
         raise CheckpointError(
             f"{file} is not the file it should be: {known} expected, found {stat.st_size:,} bytes, SHA-256 {found}",
@@ -317,7 +326,12 @@ def _there(file: Path, released: Released | None) -> bool:
     return True
 
 
-def _expected(released: Released | None, record: _Record) -> tuple[int | None, str | None]:
+def _is(found: str | None, sha256: str | None) -> bool:
+    """Whether a checksum is the expected one, of which perhaps only the start is known, or nothing."""
+    return sha256 is None or (found is not None and found.startswith(sha256))
+
+
+def _expected(released: Released | _Known | None, record: _Record) -> tuple[int | None, str | None]:
     """Size and checksum: the published ones, else those of the first time."""
     size = record.bytes if record.bytes >= 0 else None
     sha256 = record.sha256
@@ -397,7 +411,7 @@ class _CutError(Exception):
     """A download that stopped and may go on at the next try."""
 
 
-def _download(url: str, file: Path, released: Released | None, name: str, progress: Progress | None) -> None:
+def _download(url: str, file: Path, released: Released | _Known | None, name: str, progress: Progress | None) -> None:
     """Bring the file, in several tries if it must be; what a cut download has brought is kept for the next run."""
     size, sha256 = _expected(released, _Record.of(file)) if released else (None, None)
     part = file.with_name(f"{file.name}.part")
@@ -412,7 +426,7 @@ def _download(url: str, file: Path, released: Released | None, name: str, progre
     else:
         raise CheckpointError(f"cannot download {name}: {reason}", "try again later; it goes on where it stopped")
     found = sha256_of(part)
-    if sha256 is not None and found != sha256:
+    if not _is(found, sha256):
         _forget(part)
         raise CheckpointError(
             f"{name} was downloaded, but is not the right file: SHA-256 {sha256} expected, found {found}",

@@ -144,7 +144,7 @@ inline Floats slope(Floats z) {
     return on * (1.0f + z * (1.0f - on));
 }
 
-// A number for each entry of a sample; `mixed` in chance.py is the same function. Entries below the threshold are dropped.
+// A number for each entry of a sample, as `mixed` in chance.py. Entries below the threshold are dropped.
 inline Words mixed(Words entry, uint32_t key) {
     Words h = (entry * 0x9E3779B1u) ^ key;
     h = (h ^ (h >> 16)) * 0x7FEB352Du;

@@ -235,8 +235,8 @@ constexpr int READ = 0, WRITTEN = 1;
 // m [R, COLUMNS] = a [R, depth] b [depth, COLUMNS], or that added to it. A step goes along the depth; always inlined, so
 // that what is constant where it is called (a step of 1) is so here.
 template <long R>
-INLINE inline void product(const float *a, long a_row, long a_step, const float *b, long b_step,
-                                                   float *m, long m_row, long depth, bool added) {
+INLINE inline void product(const float *a, long a_row, long a_step, const float *b, long b_step, float *m, long m_row,
+                           long depth, bool added) {
     Floats sum[R][2] = {};
     for (long d = 0; d < depth; d++) {
         Floats left = load(b + d * b_step), right = load(b + d * b_step + LANES);

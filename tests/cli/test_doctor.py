@@ -13,7 +13,7 @@ import torch
 
 from cmtool import doctor, memory
 from cmtool.errors import DependencyError
-from cmtool.io import auxiliary, box, machine
+from cmtool.io import box, catalogue, machine
 from cmtool.networks import native, winograd
 
 
@@ -69,7 +69,7 @@ def test_weights_of_others(findings, briefly, monkeypatch, tmp_path):
     assert findings()["weights lpips-vgg"]["says"] == "not here: cmtool fetch lpips-vgg"
     content = b"weights"
     name = f"alexnet-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    monkeypatch.setitem(auxiliary.FILES, "lpips-alex", name)
+    monkeypatch.setitem(catalogue.WEIGHTS, "lpips-alex", name)
     for folder in (tmp_path / "own" / "models", tmp_path / "hub" / "checkpoints"):
         folder.mkdir(parents=True)
         (folder / name).write_bytes(content)

@@ -137,7 +137,7 @@ def weights(address, monkeypatch, tmp_path):
     """`lpips-vgg` on that server, and no folder of torch.hub's; returns the file's name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     name = f"vgg16-{SHA[:8]}.pth"
-    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", name)
+    monkeypatch.setitem(catalogue.WEIGHTS, "lpips-vgg", name)
     monkeypatch.setattr(auxiliary, "address", lambda _: f"{address}/{name}")
     return name
 
@@ -164,24 +164,33 @@ def test_weights_that_torch_has_fetched_are_not_fetched_again(cli, cache, weight
 
 
 def test_weights_that_are_not_what_their_name_promises(cli, cache, weights, monkeypatch, address):
-    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", "vgg16-00000000.pth")
+    monkeypatch.setitem(catalogue.WEIGHTS, "lpips-vgg", "vgg16-00000000.pth")
+    cli("fetch", "lpips-vgg").error(1, "00000000", "not the right file")
+    assert not [*cache.glob("*.pth"), *cache.glob("*.part")]  # what is wrong never lands
+    (cache / "vgg16-00000000.pth").write_bytes(BODY)
     cli("fetch", "lpips-vgg").error(1, "00000000", "delete it")
-    monkeypatch.setitem(auxiliary.FILES, "lpips-vgg", "vgg16-00000001.pth")
+    monkeypatch.setitem(catalogue.WEIGHTS, "lpips-vgg", "vgg16-00000001.pth")
     monkeypatch.setattr(auxiliary, "address", lambda _: f"{address}/gone")
     cli("fetch", "lpips-vgg").error(1, "lpips-vgg")
     assert [file.name for file in cache.glob("*.pth")] == ["vgg16-00000000.pth"]
 
 
-@pytest.mark.parametrize("name", list(auxiliary.FILES))
+@pytest.mark.parametrize("name", list(catalogue.WEIGHTS))
 def test_addresses_are_those_of_the_packages_that_use_the_weights(name):
     pytest.importorskip("torch_fidelity")
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    address, file = auxiliary.address(name), auxiliary.FILES[name]
+    address, file = auxiliary.address(name), catalogue.WEIGHTS[name]
     assert address.startswith("https://")
     assert address.endswith(f"/{file}")
-    assert len(auxiliary.promised(Path(file))) == 8
+    assert len(auxiliary._promised(Path(file))) == 8
     assert name != "inception" or address == URL_INCEPTION_V3
+
+
+def test_names_of_weights_are_no_models(cli):
+    cli("fetch", "lpips-vg").error(1, "did you mean lpips-vgg")
+    cli("fetch", "inceptoin").error(1, "did you mean inception")
+    cli("sample", "--model", "lpips-vgg").error(1, "no model", "models ls")
 
 
 def test_an_address_that_nobody_knows(cli, monkeypatch, tmp_path):
