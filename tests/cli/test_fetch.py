@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cmtool.compat import repair_torchvision
 from cmtool.io import auxiliary, catalogue, origins
 from cmtool.io.box import BOXED
 from tests.unit.test_origins import serving
@@ -177,7 +178,7 @@ def test_weights_that_are_not_what_their_name_promises(cli, cache, weights, monk
 
 @pytest.mark.parametrize("name", list(catalogue.WEIGHTS))
 def test_addresses_are_those_of_the_packages_that_use_the_weights(name):
-    pytest.importorskip("torch_fidelity")
+    repair_torchvision()
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     address, file = auxiliary.address(name), catalogue.WEIGHTS[name]
