@@ -53,6 +53,25 @@ inline void channels(long C, Body body) {
     if (c < C) body(c, Some{C - c});
 }
 
+// How many pixels below each other: what belongs to their channel is fetched once for all of them, and their sums wait for
+// each other once in so many pixels.
+struct Four {
+    static constexpr long count = 4;
+};
+struct One {
+    static constexpr long count = 1;
+};
+
+// The pixels [from, to), a vector of channels at a time: body(number of the first entry, first channel, All or Some, Four
+// or One).
+template <class Body>
+inline void entries(long from, long to, long C, Body body) {
+    long p = from;
+    for (; p + Four::count <= to; p += Four::count)
+        channels(C, [=](long c, auto lanes) { body(p * C + c, c, lanes, Four{}); });
+    for (; p < to; p++) channels(C, [=](long c, auto lanes) { body(p * C + c, c, lanes, One{}); });
+}
+
 template <class Lanes>
 inline Floats load(const float *from, Lanes lanes) {
     Floats out = {};
@@ -170,45 +189,36 @@ struct Shape {
 // Sums over pixels [from, to) of u - origin and its square, per channel.
 template <class T>
 void sums(const T *x, const float *origin, float *s1, float *s2, long from, long to, long C) {
-    long p = from;
-    for (; p + 4 <= to; p += 4) {
-        const T *row = x + p * C;
-        channels(C, [=](long c, auto lanes) {
-            Floats o = load(origin + c, lanes);
-            Floats a = load(row + c, lanes) - o, b = load(row + C + c, lanes) - o;
-            Floats d = load(row + 2 * C + c, lanes) - o, e = load(row + 3 * C + c, lanes) - o;
-            add(s1 + c, (a + b) + (d + e), lanes);
-            add(s2 + c, (a * a + b * b) + (d * d + e * e), lanes);
-        });
-    }
-    for (; p < to; p++) {
-        const T *row = x + p * C;
-        channels(C, [=](long c, auto lanes) {
-            Floats a = load(row + c, lanes) - load(origin + c, lanes);
-            add(s1 + c, a, lanes);
-            add(s2 + c, a * a, lanes);
-        });
-    }
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats o = load(origin + c, lanes), sum = {}, squares = {};
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            Floats value = load(x + e + i * C, lanes) - o;
+            sum += value;
+            squares += value * value;
+        }
+        add(s1 + c, sum, lanes);
+        add(s2 + c, squares, lanes);
+    });
 }
 
 // Mean and 1 / deviation of each group from the sums; then factor and offset of each channel: z = factor x + offset.
 void finish(const Shape &s, const float *origin, const float *pre, const float *s1, const float *s2, const float *weight,
             const float *bias, float *mean, float *rstd, float *factor, float *offset) {
-    long width = s.C / s.G;
-    double count = (double)s.P;
-    for (long g = 0; g < s.G; g++) {
+    const long width = s.C / s.G;
+    const double each = 1.0 / (double)s.P, part = 1.0 / (double)width;
+    for (long g = 0, end = width; g < s.G; g++, end += width) {
         double m = 0, squares = 0;
-        for (long c = g * width; c < (g + 1) * width; c++)
-            m += (double)origin[c] + (pre ? pre[c] : 0.0f) + s1[c] / count;
-        m /= width;
-        for (long c = g * width; c < (g + 1) * width; c++) {
-            double own = (double)origin[c] + (pre ? pre[c] : 0.0f) + s1[c] / count;
-            squares += s2[c] / count - (s1[c] / count) * (s1[c] / count) + (own - m) * (own - m);
+        for (long c = end - width; c < end; c++) m += (double)origin[c] + (pre ? pre[c] : 0.0f) + s1[c] * each;
+        m *= part;
+        for (long c = end - width; c < end; c++) {
+            double own = s1[c] * each, off = (double)origin[c] + (pre ? pre[c] : 0.0f) + own - m;
+            squares += s2[c] * each - own * own + off * off;
         }
-        double variance = squares / width;
+        double variance = squares * part;
         mean[g] = (float)m;
         rstd[g] = (float)(1.0 / __builtin_sqrt((variance > 0 ? variance : 0) + s.eps));
-        for (long c = g * width; c < (g + 1) * width; c++) {
+        for (long c = end - width; c < end; c++) {
             factor[c] = weight[c] * rstd[g];
             offset[c] = bias[c] + (float)(((pre ? pre[c] : 0.0f) - m) * factor[c]);
         }
@@ -223,14 +233,17 @@ inline Floats kept(const Shape &s, Floats value, uint32_t first, uint32_t key) {
 template <class T>
 void apply(const Shape s, const T *x, T *y, const float *factor, const float *offset, uint32_t key, long from, long to) {
     const long C = s.C;
-    for (long p = from; p < to; p++) {
-        channels(C, [=](long c, auto lanes) {
-            Floats z = load(factor + c, lanes) * load(x + p * C + c, lanes) + load(offset + c, lanes);
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats f = load(factor + c, lanes), o = load(offset + c, lanes);
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            const long at = e + i * C;
+            Floats z = f * load(x + at, lanes) + o;
             if (s.silu) z *= sigmoid<T>(z);
-            if (s.threshold) z = kept(s, z, (uint32_t)(p * C + c), key);
-            store(y + p * C + c, z, lanes);
-        });
-    }
+            if (s.threshold) z = kept(s, z, (uint32_t)at, key);
+            store(y + at, z, lanes);
+        }
+    });
 }
 
 // A thread for each image; where there are fewer images than threads, all of them for one image after another. Never one
@@ -290,14 +303,16 @@ void forward(const Shape &s, const T *x, const float *pre, const float *weight, 
 // What is known of a channel when its norm is: z = factor x + offset, hat = one x + less.
 void known(const Shape &s, long b, const float *pre, const float *weight, const float *bias, const float *mean,
            const float *rstd, float *factor, float *offset, float *one, float *less) {
-    for (long c = 0, g = b * s.G; c < s.C; c++) {
-        long group = g + c / (s.C / s.G), i = b * s.C + c;
-        float shift = (pre ? pre[i] : 0.0f) - mean[group];
-        one[c] = rstd[group];
-        less[c] = shift * one[c];
-        factor[c] = weight[i] * one[c];
-        offset[c] = bias[i] + shift * factor[c];
-    }
+    const long width = s.C / s.G;
+    for (long g = 0, c = 0; g < s.G; g++)
+        for (long end = c + width; c < end; c++) {
+            const long i = b * s.C + c;
+            float shift = (pre ? pre[i] : 0.0f) - mean[b * s.G + g];
+            one[c] = rstd[b * s.G + g];
+            less[c] = shift * one[c];
+            factor[c] = weight[i] * one[c];
+            offset[c] = bias[i] + shift * factor[c];
+        }
 }
 
 // dz into dx (rounded to T), and the sums of dz and dz hat per channel.
@@ -305,30 +320,39 @@ template <class T>
 void slopes(const Shape s, const T *dy, const T *x, T *dx, const float *factor, const float *offset, const float *one,
             const float *less, float *s1, float *s2, uint32_t key, long from, long to) {
     const long C = s.C;
-    for (long p = from; p < to; p++) {
-        channels(C, [=](long c, auto lanes) {
-            Floats value = load(x + p * C + c, lanes), d = load(dy + p * C + c, lanes);
-            if (s.threshold) d = kept(s, d, (uint32_t)(p * C + c), key);
-            if (s.silu) d *= slope<T>(load(factor + c, lanes) * value + load(offset + c, lanes));
-            add(s1 + c, d, lanes);
-            add(s2 + c, d * (load(one + c, lanes) * value + load(less + c, lanes)), lanes);
-            store(dx + p * C + c, d, lanes);
-        });
-    }
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats f = load(factor + c, lanes), o = load(offset + c, lanes), sum = {};
+        Floats scale = load(one + c, lanes), shift = load(less + c, lanes), product = {};
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            const long at = e + i * C;
+            Floats value = load(x + at, lanes), d = load(dy + at, lanes);
+            if (s.threshold) d = kept(s, d, (uint32_t)at, key);
+            if (s.silu) d *= slope<T>(f * value + o);
+            sum += d;
+            product += d * (scale * value + shift);
+            store(dx + at, d, lanes);
+        }
+        add(s1 + c, sum, lanes);
+        add(s2 + c, product, lanes);
+    });
 }
 
-// dx = factor dz + slope x + level, and its sum per channel.
+// dx = factor dz + along x + level, and its sum per channel.
 template <class T>
-void gradient(const T *x, T *dx, const float *factor, const float *slope, const float *level, float *total, long from,
+void gradient(const T *x, T *dx, const float *factor, const float *along, const float *level, float *total, long from,
               long to, long C) {
-    for (long p = from; p < to; p++) {
-        channels(C, [=](long c, auto lanes) {
-            Floats value = load(factor + c, lanes) * load(dx + p * C + c, lanes) +
-                           load(slope + c, lanes) * load(x + p * C + c, lanes) + load(level + c, lanes);
-            add(total + c, value, lanes);
-            store(dx + p * C + c, value, lanes);
-        });
-    }
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats f = load(factor + c, lanes), a = load(along + c, lanes), l = load(level + c, lanes), sum = {};
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            const long at = e + i * C;
+            Floats value = f * load(dx + at, lanes) + a * load(x + at, lanes) + l;
+            sum += value;
+            store(dx + at, value, lanes);
+        }
+        add(total + c, sum, lanes);
+    });
 }
 
 template <class T>
@@ -352,9 +376,10 @@ void backward(const Shape &s, const T *dy, const T *x, const float *pre, const f
                 a += (double)weight[b * C + c] * totals[c];
                 h += (double)weight[b * C + c] * totals[C + c];
             }
+            a /= -n, h /= -n;
             for (long c = g * width; c < (g + 1) * width; c++) {
-                along[c] = (float)(-h / n * one[c] * one[c]);
-                level[c] = (float)(-a / n * one[c] - h / n * one[c] * less[c]);
+                along[c] = (float)(h * one[c] * one[c]);
+                level[c] = (float)(a * one[c] + h * one[c] * less[c]);
             }
         }
         memcpy(dbias + b * C, totals, C * sizeof(float));
@@ -370,14 +395,19 @@ void backward(const Shape &s, const T *dy, const T *x, const float *pre, const f
 template <class T>
 void changes(const T *dx, const T *x, const float *dpre, const float *one, const float *less, float *s1, float *s2,
              long from, long to, long C) {
-    for (long p = from; p < to; p++) {
-        channels(C, [=](long c, auto lanes) {
-            Floats d = load(dpre + c, lanes);
-            if (dx) d += load(dx + p * C + c, lanes);
-            add(s1 + c, d, lanes);
-            add(s2 + c, d * (load(one + c, lanes) * load(x + p * C + c, lanes) + load(less + c, lanes)), lanes);
-        });
-    }
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats scale = load(one + c, lanes), shift = load(less + c, lanes), all = load(dpre + c, lanes);
+        Floats sum = {}, product = {};
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            const long at = e + i * C;
+            Floats d = dx ? all + load(dx + at, lanes) : all;
+            sum += d;
+            product += d * (scale * load(x + at, lanes) + shift);
+        }
+        add(s1 + c, sum, lanes);
+        add(s2 + c, product, lanes);
+    });
 }
 
 // dz = factor dx + along x + level, and dy from it.
@@ -385,16 +415,19 @@ template <class T>
 void follow(const Shape s, const T *dx, const T *x, T *dy, const float *factor, const float *offset, const float *along,
             const float *level, uint32_t key, long from, long to) {
     const long C = s.C;
-    for (long p = from; p < to; p++) {
-        channels(C, [=](long c, auto lanes) {
-            Floats value = load(x + p * C + c, lanes), f = load(factor + c, lanes);
-            Floats d = load(along + c, lanes) * value + load(level + c, lanes);
-            if (dx) d += f * load(dx + p * C + c, lanes);
-            if (s.silu) d *= slope<T>(f * value + load(offset + c, lanes));
-            if (s.threshold) d = kept(s, d, (uint32_t)(p * C + c), key);
-            store(dy + p * C + c, d, lanes);
-        });
-    }
+    entries(from, to, C, [=](long e, long c, auto lanes, auto below) {
+        Floats f = load(factor + c, lanes), o = load(offset + c, lanes);
+        Floats a = load(along + c, lanes), l = load(level + c, lanes);
+#pragma GCC unroll 4
+        for (long i = 0; i < below.count; i++) {
+            const long at = e + i * C;
+            Floats value = load(x + at, lanes), d = a * value + l;
+            if (dx) d += f * load(dx + at, lanes);
+            if (s.silu) d *= slope<T>(f * value + o);
+            if (s.threshold) d = kept(s, d, (uint32_t)at, key);
+            store(dy + at, d, lanes);
+        }
+    });
 }
 
 // The change dy of y while x, pre, weight and bias change by dx, dpre, dweight and dbias, any of which may be missing:
@@ -420,10 +453,11 @@ void tangent(const Shape &s, const T *dx, const T *x, const float *pre, const fl
                 a += totals[c];
                 h += totals[C + c];
             }
+            a /= n, h /= n;
             for (long c = g * width; c < (g + 1) * width; c++) {
-                double hat = (dweight ? dweight[b * C + c] : 0.0f) - factor[c] * h / n;
+                double hat = (dweight ? dweight[b * C + c] : 0.0f) - factor[c] * h;
                 along[c] = (float)(hat * one[c]);
-                level[c] = (float)((dbias ? dbias[b * C + c] : 0.0f) + factor[c] * (shift[c] - a / n) + hat * less[c]);
+                level[c] = (float)((dbias ? dbias[b * C + c] : 0.0f) + factor[c] * (shift[c] - a) + hat * less[c]);
             }
         }
         pixels(s, inner, nullptr, 0, [&](float *, long from, long to) {
