@@ -53,6 +53,9 @@ def bench(
             **options.one_of("--peer-precision", ("fp32", "bf16")),
         ),
     ] = "fp32",
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tell where the time of each row goes, too; on a CPU.")
+    ] = False,
     compile_: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Let torch.compile work on cmtool's networks.")
     ] = False,
@@ -77,10 +80,13 @@ def bench(
 
     from cmtool import precision as policy
     from cmtool.benchmark import measure
+    from cmtool.benchmark.profile import shares
     from cmtool.benchmark.shared import Setup
 
     place = policy.device(device)
     policy.tune(place)
+    if profile and place.type != "cpu":
+        raise UsageError(f"--profile tells where a CPU's time goes, and this is {place}", "add --device cpu")
     dtype = policy.compute_dtype(precision, place)  # type: ignore[arg-type]
     setup = Setup(
         batch=batch or usual["batch"],
@@ -112,6 +118,7 @@ def bench(
     # Once more, for the better of two: the machine may have been busy.
     ceilings = {trains: first.or_better(measure.ceiling(setup, trains=trains)) for trains, first in ceilings.items()}
     found = [replace(result, ceiling=ceilings[result.row.trains].rate) for result in found]
+    profiles = {row.name: shares(row, setup) for row in wanted} if profile else {}
     if as_json:
         console.emit_json(
             {
@@ -124,7 +131,7 @@ def bench(
                 "peer_dtype": setup.peer_dtype if peer else None,
                 "difference": difference,
                 "ceilings": [_ceiling(ceiling) for ceiling in ceilings.values()],
-                "rows": [_result(result) for result in found],
+                "rows": [{**_result(result), "profile": profiles.get(result.row.name)} for result in found],
             }
         )
         return
@@ -132,6 +139,9 @@ def bench(
         console.emit_rows(_ceiling_rows(ceiling))
         console.emit_line("")
     console.emit_rows([_HEADER, *map(_row, found)])
+    if profiles:
+        console.emit_line("")
+        console.emit_rows(_profile_rows(profiles))
 
 
 _HEADER = ("", "images/s", "peer", "ratio", "of ceiling", "memory", "peer's")
@@ -148,6 +158,12 @@ def _row(result: Result) -> tuple[str, ...]:
         _size(result.ours.memory),
         _size(peer.memory) if peer else "-",
     )
+
+
+def _profile_rows(profiles: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    kinds = next(iter(profiles.values()))
+    rows = [(kind, *(f"{found[kind]:.0%}" for found in profiles.values())) for kind in kinds]
+    return [("of the time", *profiles), *rows]
 
 
 def _rate(timing: Timing) -> str:

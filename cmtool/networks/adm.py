@@ -5,14 +5,16 @@ The state dict has the names and layouts of the OpenAI release.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import ADMConfig, level_resolutions
-from cmtool.networks.convolution import Conv2d
+from cmtool.networks.convolution import Conv2d, normed
 from cmtool.networks.layers import Linear, MapGap, Resample, attend, look_up, noise_features, prepare
-from cmtool.networks.norms import GroupNorm, normed
+from cmtool.networks.norms import GroupNorm, Pending
 from cmtool.networks.recomputed import Recomputed
 
 
@@ -131,16 +133,24 @@ class ResBlock(Recomputed):
         self.out_layers = nn.ModuleDict({"0": _norm(config, out), "3": _zero(Conv2d(out, out, 3))})
         self.skip_connection = Conv2d(width, out, 1) if width != out else None
 
+    @property
+    def layers(self) -> tuple[GroupNorm, Conv2d, GroupNorm, Conv2d]:
+        """Norm, convolution, norm, convolution."""
+        named: Any = (self.in_layers["0"], self.in_layers["2"], self.out_layers["0"], self.out_layers["3"])
+        return named
+
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, width, H, W] and the embedding after its SiLU [B, 4 * channels]."""
-        h = self.in_layers["0"](x, silu=True)
+        norm0, conv0, norm1, conv1 = self.layers
+        first = norm0.pending(x, silu=True)
+        inside: Tensor | Pending = first
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            inside, x = self.resample(first.tensor()), self.resample(x)
         emb = self.emb_layers["1"](emb)
         film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0
-        h = normed(self.out_layers["0"], self.in_layers["2"], h, added, film=film, silu=True, dropout=dropout)
-        h = self.out_layers["3"](h)
+        second = normed(norm1, conv0, inside, added, film=film, silu=True, dropout=dropout)
+        h = conv1(second)
         return h + (x if self.skip_connection is None else self.skip_connection(x))
 
 

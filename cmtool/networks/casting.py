@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cmtool.networks.modes import plain
+from cmtool.networks.modes import plain, prompt
 
 
 class _Kept:
@@ -39,6 +39,7 @@ def _kept(parameter: Tensor, dtype: torch.dtype, gain: float) -> Tensor:
     return value
 
 
+@prompt
 class _Cast(torch.autograd.Function):
     """A parameter times a gain, in another type: computed once for as long as the parameter does not change.
 
@@ -87,6 +88,8 @@ def cast(parameter: Tensor, dtype: torch.dtype, gain: float = 1.0, *, keep: bool
         return parameter.to(dtype) if gain == 1 else (parameter * gain).to(dtype)
     if plain():
         return _kept(parameter, dtype, gain)
+    if parameter.dtype == dtype:  # autograd's own way around a product is the shorter one
+        return parameter * gain
     made: Tensor = _Cast.apply(parameter, dtype, gain)
     return made
 

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cmtool.networks import winograd
+from cmtool.networks import native, winograd
 from cmtool.networks.casting import cast
-from cmtool.networks.modes import derived, plain
+from cmtool.networks.modes import derived, plain, prompt
+from cmtool.networks.norms import GroupNorm, Pending
 from cmtool.networks.recomputed import forgetting
 
 
@@ -28,6 +29,7 @@ def _convolved(
     return F.conv2d(x, weight, bias, stride, padding)
 
 
+@prompt
 class _Convolve(torch.autograd.Function):
     """A convolution, by `winograd` where that gains, whose forward-mode derivative leaves out what does not move.
 
@@ -72,21 +74,94 @@ class _Convolve(torch.autograd.Function):
         return change
 
 
+def _along(x: Pending, weight: Tensor, stride: tuple[int, ...], padding: tuple[int, ...]) -> bool:
+    """Whether `winograd` convolves, and takes the norm with it: a thread does so with whole images."""
+    images, threads = len(x.x), torch.get_num_threads()
+    shared = images % threads == 0 or images >= 8 * threads
+    return shared and not derived() and winograd.usable(x.x, weight, stride, padding) and native.usable(x.x)
+
+
+def _normed_and_convolved(norm: Pending, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution, and the norm's mean and 1 / deviation."""
+    mean, rstd = (torch.empty(len(norm.x), norm.how.groups) for _ in range(2))
+    return winograd.forward(norm.x, kernel, bias, native.before(*_known(norm, mean, rstd))), mean, rstd
+
+
+def _known(norm: Pending, mean: Tensor, rstd: Tensor) -> tuple[Any, ...]:
+    *given, how = norm
+    return *given, mean, rstd, how
+
+
+class _ConvolveNormed(torch.autograd.Function):
+    """A norm and a convolution of it by `winograd`, in one pass over memory: the norm's result lies nowhere.
+
+    A few images at a time are in a thread's cache, normed and convolved there; in the gradient the other way around.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, bias: Tensor | None, *norm: Any) -> Tensor:
+        *given, ctx.how = norm
+        out, *statistics = _normed_and_convolved(Pending(*norm), kernel, bias)
+        ctx.save_for_backward(kernel, *given, *statistics)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kernel, *given, mean, rstd = ctx.saved_tensors
+        norm, wanted = Pending._make((*given, ctx.how)), ctx.needs_input_grad
+        if torch.is_grad_enabled():  # a second derivative is wanted
+            return _differentiable(grad, kernel, norm, wanted)
+        known = _known(norm, mean, rstd)
+        d_kernel: Tensor | None = None
+        d_norm: tuple[Tensor | None, ...] = (None,) * 4  # of rows that all samples share autograd takes the sum
+        if wanted[0]:
+            d_kernel = winograd.weight_gradient(norm.x, grad, kernel, native.before(*known, known=True))
+        if any(wanted[2:]):
+            used, d_norm = native.after(*known)
+            winograd.use_input_gradient(grad, kernel, used)
+        return d_kernel, grad.sum((0, 2, 3)) if wanted[1] else None, *d_norm, None, None
+
+
+def _differentiable(grad: Tensor, kernel: Tensor, norm: Pending, wanted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of `_ConvolveNormed`, in operations that can be differentiated again."""
+    # With respect to these alone, also where one is made of another: each gets a name of its own.
+    named: list[Any] = [one.view_as(one) if isinstance(one, Tensor) else one for one in (kernel, None, *norm)]
+    out = F.conv2d(Pending(*named[2:]).tensor(), named[0], padding=1)
+    asked = [place for place, needed in enumerate(wanted) if needed and named[place] is not None]
+    found = torch.autograd.grad(out, [named[place] for place in asked], grad, create_graph=True)
+    changes: list[Tensor | None] = [None] * len(named)
+    for place, change in zip(asked, found, strict=True):
+        changes[place] = change
+    changes[1] = grad.sum((0, 2, 3)) if wanted[1] else None
+    return tuple(changes)
+
+
 def convolve(
-    x: Tensor,
+    x: Tensor | Pending,
     weight: Tensor,
     bias: Tensor | None = None,
     stride: tuple[int, ...] = (1, 1),
     padding: tuple[int, ...] = (0, 0),
 ) -> Tensor:
-    """A convolution as torch's, as fast as it can be had: on CPUs, and under forward-mode derivatives, too."""
-    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    """A convolution as torch's, as fast as it can be had: on CPUs, and under forward-mode derivatives, too.
+
+    Of a norm that is still to be taken it takes it along, where that saves the way through memory.
+    """
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    if isinstance(x, Pending):
+        if not traced and _along(x, weight, stride, padding):
+            if plain():
+                return _normed_and_convolved(x, weight, bias)[0]
+            made: Tensor = _ConvolveNormed.apply(weight, bias, *x)
+            return made
+        x = x.tensor()
+    if traced:
         return F.conv2d(x, weight, bias, stride, padding)
     if plain():
         return _convolved(x, weight, bias, stride, padding)
     with forgetting(x):
         if derived() or winograd.usable(x, weight, stride, padding):
-            made: Tensor = _Convolve.apply(x, weight, bias, stride, padding)
+            made = _Convolve.apply(x, weight, bias, stride, padding)
             return made
         return F.conv2d(x, weight, bias, stride, padding)
 
@@ -99,13 +174,26 @@ class Conv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
 
-    def forward(self, x: Tensor, gain: float = 1.0, *, biased: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Pending, gain: float = 1.0, *, biased: bool = True) -> Tensor:
         """The convolution, times `gain` (applied to the weights: far fewer numbers than the output has)."""
-        weight = cast(self.weight, x.dtype, gain, keep=self.keeps_casts)
-        bias = self.bias_as(x, gain) if biased else None
+        values = x.x if isinstance(x, Pending) else x
+        weight = cast(self.weight, values.dtype, gain, keep=self.keeps_casts)
+        bias = self.bias_as(values, gain) if biased else None
         return convolve(x, weight, bias, self.stride, self.padding)  # type: ignore[arg-type]
 
     def bias_as(self, x: Tensor, gain: float = 1.0) -> Tensor:
         """The bias, times `gain`, in the type of x; [out_channels]."""
         assert self.bias is not None
         return cast(self.bias, x.dtype, gain, keep=self.keeps_casts)
+
+
+def normed(norm: GroupNorm, conv: Conv2d, x: Tensor | Pending, added: Tensor | None = None, **how: Any) -> Pending:
+    """The norm of a convolution (plus `added`, [B, C]), for the next one; `how` as for the norm.
+
+    On a GPU the norm adds the convolution's bias too: cuDNN takes a pass over memory for it, and one for its gradient.
+    """
+    values = x.x if isinstance(x, Pending) else x
+    if values.is_cuda:
+        bias = conv.bias_as(values)
+        added = bias.expand(len(values), -1) if added is None else added + bias
+    return norm.pending(conv(x, biased=not values.is_cuda), added=added, **how)

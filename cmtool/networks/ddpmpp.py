@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import DDPMppConfig, level_resolutions
-from cmtool.networks.convolution import Conv2d, convolve
+from cmtool.networks.convolution import Conv2d, convolve, normed
 from cmtool.networks.layers import Linear, MapGap, Resample, attend, look_up, noise_features, prepare
-from cmtool.networks.norms import GroupNorm, normed
+from cmtool.networks.norms import GroupNorm, Pending
 from cmtool.networks.recomputed import Recomputed
 
 Layer = TypeVar("Layer", bound=Linear | Conv2d)
@@ -166,12 +166,13 @@ class Block(Recomputed):
             self.proj = _init(Conv2d(out, out, 1), gain=1e-5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.norm0(x, silu=True)
+        first = self.norm0.pending(x, silu=True)
+        inside: Tensor | Pending = first
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            inside, x = self.resample(first.tensor()), self.resample(x)
         dropout = self.dropout if self.training else 0.0
-        h = normed(self.norm1, self.conv0, h, self.affine(emb), silu=True, dropout=dropout)
-        h = self.conv1(h, gain=HALF)
+        second = normed(self.norm1, self.conv0, inside, self.affine(emb), silu=True, dropout=dropout)
+        h = self.conv1(second, gain=HALF)
         x = torch.add(h, x, alpha=HALF) if self.skip is None else h + self.skip(x, gain=HALF)
         if self.attention:
             h = attend(_qkv_blocks(self.qkv, self.norm2(x)), 1)
@@ -216,7 +217,7 @@ class DownConv(Conv2d):
         self.resample = Resample(taps, up=False, pad=False)
         self.padding = (1 + (len(taps) - 1) // 2,) * 2
 
-    def forward(self, x: Tensor, gain: float = 1.0, *, biased: bool = True) -> Tensor:
+    def forward(self, x: Tensor | Pending, gain: float = 1.0, *, biased: bool = True) -> Tensor:
         return self.resample(super().forward(x, gain, biased=biased))
 
 

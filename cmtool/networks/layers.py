@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cmtool.networks import chance
 from cmtool.networks.casting import cast
-from cmtool.networks.modes import derived
+from cmtool.networks.modes import derived, prompt
 
 
 class Linear(nn.Linear):
@@ -92,6 +92,7 @@ def attend(qkv: Tensor, num_heads: int) -> Tensor:
     return out.transpose(1, 2).reshape(batch, height, width, -1).permute(0, 3, 1, 2).to(dtype)
 
 
+@prompt
 class _Attend(torch.autograd.Function):
     """Attention with its forward-mode derivative, for when nothing else is wanted of it: [B, heads, pixels, D] each."""
 

@@ -180,6 +180,7 @@ const Words LANES = [] {
 
 struct Shape {
     long B, P, C, G;
+    long row;  // from a sample's weight and bias to the next one's: C, or 0 where all have the same
     float eps;
     int silu;
     uint32_t threshold;  // 0: nothing is dropped
@@ -279,24 +280,22 @@ void pixels(const Shape &s, int threads, float *totals, long count, F body) {
     }
 }
 
+// Image b, whose results go to y; `inner` threads share it.
 template <class T>
-void forward(const Shape &s, const T *x, const float *pre, const float *weight, const float *bias, const uint32_t *keys,
-             T *y, float *mean, float *rstd, int threads) {
-    const long C = s.C, size = s.P * C;
-    each(s, threads, [&](long b, int inner) {
-        const T *image = x + b * size;
-        const float *own = pre ? pre + b * C : nullptr;
-        float origin[C], factor[C], offset[C], totals[2 * C];
-        memset(totals, 0, sizeof totals);
-        // Near the mean: squares lose no digits.
-        channels(C, [&](long c, auto lanes) { store(origin + c, load(image + c, lanes), lanes); });
-        pixels(s, inner, totals, 2 * C,
-               [&](float *part, long from, long to) { sums(image, origin, part, part + C, from, to, C); });
-        finish(s, origin, own, totals, totals + C, weight + b * C, bias + b * C, mean + b * s.G, rstd + b * s.G, factor,
-               offset);
-        pixels(s, inner, nullptr, 0, [&](float *, long from, long to) {
-            apply(s, image, y + b * size, factor, offset, keys ? keys[b] : 0, from, to);
-        });
+void forward(const Shape &s, long b, const T *image, const float *pre, const float *weight, const float *bias,
+             const uint32_t *keys, T *y, float *mean, float *rstd, int inner) {
+    const long C = s.C;
+    const float *own = pre ? pre + b * C : nullptr;
+    float origin[C], factor[C], offset[C], totals[2 * C];
+    memset(totals, 0, sizeof totals);
+    // Near the mean: squares lose no digits.
+    channels(C, [&](long c, auto lanes) { store(origin + c, load(image + c, lanes), lanes); });
+    pixels(s, inner, totals, 2 * C,
+           [&](float *part, long from, long to) { sums(image, origin, part, part + C, from, to, C); });
+    finish(s, origin, own, totals, totals + C, weight + b * s.row, bias + b * s.row, mean + b * s.G, rstd + b * s.G, factor,
+           offset);
+    pixels(s, inner, nullptr, 0, [&](float *, long from, long to) {
+        apply(s, image, y, factor, offset, keys ? keys[b] : 0, from, to);
     });
 }
 
@@ -306,8 +305,8 @@ void known(const Shape &s, long b, const float *pre, const float *weight, const 
     const long width = s.C / s.G;
     for (long g = 0, c = 0; g < s.G; g++)
         for (long end = c + width; c < end; c++) {
-            const long i = b * s.C + c;
-            float shift = (pre ? pre[i] : 0.0f) - mean[b * s.G + g];
+            const long i = b * s.row + c;
+            float shift = (pre ? pre[b * s.C + c] : 0.0f) - mean[b * s.G + g];
             one[c] = rstd[b * s.G + g];
             less[c] = shift * one[c];
             factor[c] = weight[i] * one[c];
@@ -355,40 +354,36 @@ void gradient(const T *x, T *dx, const float *factor, const float *along, const 
     });
 }
 
+// Of image b, whose dy and dx are given; `inner` threads share it.
 template <class T>
-void backward(const Shape &s, const T *dy, const T *x, const float *pre, const float *weight, const float *bias,
-              const uint32_t *keys, const float *mean, const float *rstd, T *dx, float *dpre, float *dweight,
-              float *dbias, int threads) {
-    const long C = s.C, size = s.P * C, width = C / s.G;
-    each(s, threads, [&](long b, int inner) {
-        float factor[C], offset[C], one[C], less[C], along[C], level[C], totals[2 * C], moved[C];
-        known(s, b, pre, weight, bias, mean, rstd, factor, offset, one, less);
-        memset(totals, 0, sizeof totals);
-        memset(moved, 0, sizeof moved);
-        const T *image = x + b * size;
-        T *out = dx + b * size;
-        pixels(s, inner, totals, 2 * C, [&](float *part, long from, long to) {
-            slopes(s, dy + b * size, image, out, factor, offset, one, less, part, part + C, keys ? keys[b] : 0, from, to);
-        });
-        for (long g = 0; g < s.G; g++) {
-            double a = 0, h = 0, n = (double)s.P * width;
-            for (long c = g * width; c < (g + 1) * width; c++) {
-                a += (double)weight[b * C + c] * totals[c];
-                h += (double)weight[b * C + c] * totals[C + c];
-            }
-            a /= -n, h /= -n;
-            for (long c = g * width; c < (g + 1) * width; c++) {
-                along[c] = (float)(h * one[c] * one[c]);
-                level[c] = (float)(a * one[c] + h * one[c] * less[c]);
-            }
-        }
-        memcpy(dbias + b * C, totals, C * sizeof(float));
-        memcpy(dweight + b * C, totals + C, C * sizeof(float));
-        pixels(s, inner, moved, C, [&](float *part, long from, long to) {
-            gradient(image, out, factor, along, level, part, from, to, C);
-        });
-        if (dpre) memcpy(dpre + b * C, moved, sizeof moved);
+void backward(const Shape &s, long b, const T *dy, const T *image, const float *pre, const float *weight,
+              const float *bias, const uint32_t *keys, const float *mean, const float *rstd, T *dx, float *dpre,
+              float *dweight, float *dbias, int inner) {
+    const long C = s.C, width = C / s.G;
+    float factor[C], offset[C], one[C], less[C], along[C], level[C], totals[2 * C], moved[C];
+    known(s, b, pre, weight, bias, mean, rstd, factor, offset, one, less);
+    memset(totals, 0, sizeof totals);
+    memset(moved, 0, sizeof moved);
+    pixels(s, inner, totals, 2 * C, [&](float *part, long from, long to) {
+        slopes(s, dy, image, dx, factor, offset, one, less, part, part + C, keys ? keys[b] : 0, from, to);
     });
+    for (long g = 0; g < s.G; g++) {
+        double a = 0, h = 0, n = (double)s.P * width;
+        for (long c = g * width; c < (g + 1) * width; c++) {
+            a += (double)weight[b * s.row + c] * totals[c];
+            h += (double)weight[b * s.row + c] * totals[C + c];
+        }
+        a /= -n, h /= -n;
+        for (long c = g * width; c < (g + 1) * width; c++) {
+            along[c] = (float)(h * one[c] * one[c]);
+            level[c] = (float)(a * one[c] + h * one[c] * less[c]);
+        }
+    }
+    memcpy(dbias + b * C, totals, C * sizeof(float));
+    memcpy(dweight + b * C, totals + C, C * sizeof(float));
+    pixels(s, inner, moved, C,
+           [&](float *part, long from, long to) { gradient(image, dx, factor, along, level, part, from, to, C); });
+    if (dpre) memcpy(dpre + b * C, moved, sizeof moved);
 }
 
 // Sums over pixels [from, to) of du = dx + dpre and of hat du, per channel. No dx is a dx of zeros.
@@ -473,29 +468,72 @@ extern "C" {
 void norm_forward(int half, const void *x, const float *pre, const float *weight, const float *bias,
                   const uint32_t *keys, void *y, float *mean, float *rstd, long B, long P, long C, long G, float eps,
                   int silu, uint32_t threshold, float grown, int threads) {
-    Shape s = {B, P, C, G, eps, silu, threshold, grown};
-    if (half) forward(s, (const bf16 *)x, pre, weight, bias, keys, (bf16 *)y, mean, rstd, threads);
-    else forward(s, (const float *)x, pre, weight, bias, keys, (float *)y, mean, rstd, threads);
+    Shape s = {B, P, C, G, C, eps, silu, threshold, grown};
+    const auto all = [&](auto *in, auto *out) {
+        each(s, threads, [&](long b, int inner) {
+            const long at = b * P * C;
+            forward(s, b, in + at, pre, weight, bias, keys, out + at, mean, rstd, inner);
+        });
+    };
+    if (half) all((const bf16 *)x, (bf16 *)y);
+    else all((const float *)x, (float *)y);
 }
 
 void norm_backward(int half, const void *dy, const void *x, const float *pre, const float *weight, const float *bias,
                    const uint32_t *keys, const float *mean, const float *rstd, void *dx, float *dpre, float *dweight,
                    float *dbias, long B, long P, long C, long G, float eps, int silu, uint32_t threshold, float grown,
                    int threads) {
-    Shape s = {B, P, C, G, eps, silu, threshold, grown};
-    if (half)
-        backward(s, (const bf16 *)dy, (const bf16 *)x, pre, weight, bias, keys, mean, rstd, (bf16 *)dx, dpre, dweight,
-                 dbias, threads);
-    else
-        backward(s, (const float *)dy, (const float *)x, pre, weight, bias, keys, mean, rstd, (float *)dx, dpre, dweight,
-                 dbias, threads);
+    Shape s = {B, P, C, G, C, eps, silu, threshold, grown};
+    const auto all = [&](auto *grad, auto *in, auto *out) {
+        each(s, threads, [&](long b, int inner) {
+            const long at = b * P * C;
+            backward(s, b, grad + at, in + at, pre, weight, bias, keys, mean, rstd, out + at, dpre, dweight, dbias, inner);
+        });
+    };
+    if (half) all((const bf16 *)dy, (const bf16 *)x, (bf16 *)dx);
+    else all((const float *)dy, (const float *)x, (float *)dx);
+}
+
+// The chain around a convolution, of which a thread takes a few images at a time (winograd.cpp).
+struct Chain {
+    Shape s;
+    int known;  // mean and rstd
+    const float *x, *pre, *weight, *bias;
+    const uint32_t *keys;
+    float *mean, *rstd, *dx, *dpre, *dweight, *dbias;
+};
+
+// y of `count` images from `first` on.
+void norm_images(const Chain *chain, long first, long count, float *y) {
+    const Chain &a = *chain;
+    const Shape &s = a.s;
+    const long C = s.C, size = s.P * C;
+    for (long b = first; b < first + count; b++, y += size) {
+        const float *image = a.x + b * size;
+        if (!a.known) {
+            forward(s, b, image, a.pre, a.weight, a.bias, a.keys, y, a.mean, a.rstd, 1);
+            continue;
+        }
+        float factor[C], offset[C], one[C], less[C];
+        known(s, b, a.pre, a.weight, a.bias, a.mean, a.rstd, factor, offset, one, less);
+        apply(s, image, y, factor, offset, a.keys ? a.keys[b] : 0, 0, s.P);
+    }
+}
+
+// From dy of `count` images from `first` on.
+void norm_gradients(const Chain *chain, long first, long count, const float *dy) {
+    const Chain &a = *chain;
+    const long size = a.s.P * a.s.C;
+    for (long b = first; b < first + count; b++, dy += size)
+        backward(a.s, b, dy, a.x + b * size, a.pre, a.weight, a.bias, a.keys, a.mean, a.rstd, a.dx + b * size, a.dpre,
+                 a.dweight, a.dbias, 1);
 }
 
 void norm_tangent(int half, const void *dx, const void *x, const float *pre, const float *weight, const float *bias,
                   const uint32_t *keys, const float *mean, const float *rstd, const float *dpre, const float *dweight,
                   const float *dbias, void *dy, long B, long P, long C, long G, float eps, int silu, uint32_t threshold,
                   float grown, int threads) {
-    Shape s = {B, P, C, G, eps, silu, threshold, grown};
+    Shape s = {B, P, C, G, C, eps, silu, threshold, grown};
     if (half)
         tangent(s, (const bf16 *)dx, (const bf16 *)x, pre, weight, bias, keys, mean, rstd, dpre, dweight, dbias,
                 (bf16 *)dy, threads);

@@ -150,6 +150,86 @@ def tangent(
     return dy
 
 
+class Hook(NamedTuple):
+    """A function of the library, for images that a convolution has in its cache; see `Hook` in winograd.cpp."""
+
+    function: int
+    context: ctypes.Structure
+    kept: tuple[Tensor | None, ...]  # whose memory the context points to
+
+
+def before(
+    x: Tensor,
+    pre: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    keys: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shape: Shape,
+    *,
+    known: bool = False,
+) -> Hook:
+    """The chain of float32 images, a few at a time, as they are asked for; arguments as `forward`.
+
+    Args:
+        weight, bias: [B, C], or [C] for all samples.
+        mean, rstd: [B, groups], to be filled in, unless they are known.
+    """
+    return _hook("norm_images", (_laid_out(x), pre, weight, bias, words(keys), mean, rstd), (None,) * 4, shape, known)
+
+
+def after(
+    x: Tensor,
+    pre: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    keys: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shape: Shape,
+) -> tuple[Hook, tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """What `backward` does, of a gradient of which a few images are there at a time; arguments as `before`.
+
+    Returns:
+        The hook, and what it fills in: the gradients of x, and [B, C] of pre, weight and bias.
+    """
+    x = _laid_out(x)
+    found = torch.empty_like(x), None if pre is None else _new(x), _new(x), _new(x)
+    return _hook("norm_gradients", (x, pre, weight, bias, words(keys), mean, rstd), found, shape, True), found
+
+
+class _Chain(ctypes.Structure):
+    """`Chain` in native.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("B", "P", "C", "G", "row")),
+        ("eps", ctypes.c_float),
+        ("silu", ctypes.c_int),
+        ("threshold", ctypes.c_uint32),
+        ("grown", ctypes.c_float),
+        ("known", ctypes.c_int),
+        *((f"array{index}", ctypes.c_void_p) for index in range(11)),
+    )
+
+
+def _hook(
+    name: str, given: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...], shape: Shape, known: bool
+) -> Hook:
+    x, pre, weight, bias, *rest = given
+    assert x is not None
+    assert weight is not None
+    batch, channels, height, width = x.shape
+    row = channels if weight.dim() == 2 else 0
+    tensors = (x, *_rows(pre, weight, bias), *rest, *found)
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    sizes = (batch, height * width, channels, shape.groups, row)
+    context = _Chain(*sizes, shape.eps, shape.silu, shape.threshold, shape.grown, known, *addresses)
+    address = ctypes.cast(getattr(library(), name), ctypes.c_void_p).value
+    assert address is not None
+    return Hook(address, context, tensors)
+
+
 def _new(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2])
 

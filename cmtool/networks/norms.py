@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks import chance, native
-from cmtool.networks.convolution import Conv2d
-from cmtool.networks.modes import plain
+from cmtool.networks.modes import plain, prompt
 from cmtool.networks.recomputed import remade
 
 
@@ -38,18 +37,59 @@ class GroupNorm(nn.GroupNorm):
         """The norm of x, and what usually stands around it, in as few passes over memory as the device allows.
 
         Args:
+            x, film, added, silu, dropout: see `pending`.
+        """
+        return self.pending(x, film, added=added, silu=silu, dropout=dropout).tensor()
+
+    def pending(
+        self,
+        x: Tensor,
+        film: tuple[Tensor, Tensor] | None = None,
+        *,
+        added: Tensor | None = None,
+        silu: bool = False,
+        dropout: float = 0.0,
+    ) -> Pending:
+        """The norm of x for a convolution, which may take it along the way.
+
+        Args:
             x: [B, C, H, W].
             film: (scale, shift) [B, C] each: the norm times 1 + scale plus shift.
             added: [B, C], added to x before.
             silu: SiLU after all this.
             dropout: the share of entries to drop at the end; see `drop`.
         """
-        weight, bias = self.weight.expand(x.shape[0], -1), self.bias.expand(x.shape[0], -1)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if film is not None:
             scale, shift = film
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
         keys = chance.keys(x) if dropout else None
         how = native.Shape(self.num_groups, self.eps, silu, *chance.threshold(dropout))
+        return Pending(x, added, weight, bias, keys, how)
+
+
+class Pending(NamedTuple):
+    """A norm and what stands around it, still to be taken.
+
+    Args:
+        x: [B, C, H, W].
+        added: [B, C], or None.
+        weight, bias: [C], or [B, C] for each sample its own.
+        keys: int64 [B] where entries are dropped, see `chance`; or None.
+    """
+
+    x: Tensor
+    added: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    keys: Tensor | None
+    how: native.Shape
+
+    def tensor(self) -> Tensor:
+        """The norm, [B, C, H, W] in the type of x."""
+        x, added, weight, bias, keys, how = self
+        weight, bias = weight.expand(x.shape[:2]), bias.expand(x.shape[:2])
         direct = not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
         if direct and (x.device.type == "cpu" or (x.is_cuda and native.kernels() is not None)):
             if plain():
@@ -57,20 +97,6 @@ class GroupNorm(nn.GroupNorm):
             out: Tensor = _Normalise.apply(x, added, weight, bias, keys, how)[0]
             return remade(out, x, (added, weight, bias, keys, how))
         return _normalise(x, added, weight, bias, keys, how)
-
-
-def normed(norm: nn.Module, conv: nn.Module, x: Tensor, added: Tensor | None = None, **how: Any) -> Tensor:
-    """The norm of a convolution (plus `added`, [B, C]); `how` as for the norm.
-
-    On a GPU the norm adds the convolution's bias too: cuDNN takes a pass over memory for it, and one for its gradient.
-    """
-    biased = not x.is_cuda
-    if not biased:
-        assert isinstance(conv, Conv2d)
-        bias = conv.bias_as(x)
-        added = bias.expand(x.shape[0], -1) if added is None else added + bias
-    out: Tensor = norm(conv(x, biased=biased), added=added, **how)
-    return out
 
 
 def _normalise(
@@ -103,6 +129,7 @@ def _fusible(
     return (y if keys is None else y * chance.mask(y, keys, how)).to(x.dtype)
 
 
+@prompt
 class _Normalise(torch.autograd.Function):
     """`_normalise` for channels-last tensors, where torch's kernel is several times slower than a copy.
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cmtool.networks.configs import UNet2DConfig
-from cmtool.networks.convolution import Conv2d, convolve
+from cmtool.networks.convolution import Conv2d, convolve, normed
 from cmtool.networks.layers import Linear, MapGap, Resample, attend, look_up, noise_features, prepare
-from cmtool.networks.norms import GroupNorm, normed
+from cmtool.networks.norms import GroupNorm, Pending
 from cmtool.networks.recomputed import Recomputed
 
 FIR = (1, 3, 3, 1)  # the resampling filter of the Skip levels
@@ -300,14 +300,15 @@ class ResBlock(Recomputed):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, width, H, W] and the embedding after its SiLU [B, emb_channels]."""
-        h = self.norm1(x, silu=True)
+        first = self.norm1.pending(x, silu=True)
+        inside: Tensor | Pending = first
         if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+            inside, x = self.resample(first.tensor()), self.resample(x)
         emb = self.time_emb_proj(emb)
         film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0
-        h = normed(self.norm2, self.conv1, h, added, film=film, silu=True, dropout=dropout)
-        h = self.conv2(h)
+        second = normed(self.norm2, self.conv1, inside, added, film=film, silu=True, dropout=dropout)
+        h = self.conv2(second)
         x = h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
         return x if self.scale == 1 else x / self.scale
 

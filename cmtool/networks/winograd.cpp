@@ -23,6 +23,7 @@ constexpr long BYTES = 32, ROWS = 6;
 #endif
 constexpr long LANES = BYTES / 4;
 constexpr long COLUMNS = 2 * LANES;  // ROWS x COLUMNS of a product are summed in registers
+constexpr long LEFT = 4;            // rows, where fewer are left
 constexpr long POINTS = 36;
 constexpr long MOST = 12;  // tiles; see `tiles_at_once`
 constexpr long GAP = 16;  // between the matrices of two points, which else lie in the same lines of the cache
@@ -260,6 +261,25 @@ INLINE inline void product(const float *a, long a_row, long a_step, const float 
     }
 }
 
+// m [count, outputs] = d [count, inputs] times the weights of a point; up to three rows more are computed, at which nobody
+// looks.
+void all_products(const float *d, const float *weights, float *m, long count, long inputs, long outputs) {
+    for (long o = 0; o < outputs; o += COLUMNS) {
+        const float *panel = weights + o * inputs;
+        long t = 0;
+        for (; t + ROWS <= count; t += ROWS)
+            product<ROWS>(d + t * inputs, inputs, 1, panel, COLUMNS, m + t * outputs + o, outputs, inputs, false);
+        for (; t < count; t += LEFT)
+            product<LEFT>(d + t * inputs, inputs, 1, panel, COLUMNS, m + t * outputs + o, outputs, inputs, false);
+    }
+}
+
+// `count` images from the one numbered `first` on, in the cache of a thread: to be made, or to be used.
+struct Hook {
+    void (*run)(const void *context, long first, long count, float *images);
+    const void *context;
+};
+
 }  // namespace
 
 extern "C" {
@@ -319,28 +339,51 @@ void weights(const float *g, const long *strides, float *out, long inputs, long 
     }
 }
 
-// y; `scratch` has room(at_once, ...) for each thread.
+// y. `before`, if it is there, makes of x what is convolved, and `after` uses the results, which are kept nowhere then (y is
+// nothing): each thread takes `group` images at a time through all of it. `scratch` has, for each thread, room(at_once, ...)
+// and the images of both hooks.
 void forward(const float *x, const float *weights, const float *bias, float *y, float *scratch, long B, long H, long W,
-             long inputs, long outputs, long at_once, int threads) {
+             long inputs, long outputs, long at_once, long group, const Hook *before, const Hook *after, int threads) {
     const Shape s{B, H, W, inputs, outputs};
     const long tiles = s.tiles(), d_stride = at_once * inputs + GAP, m_stride = at_once * outputs + GAP;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long first = 0; first < tiles; first += at_once) {
-        float *d = scratch + omp_get_thread_num() * room(at_once, inputs, outputs);
+    const long points = room(at_once, inputs, outputs), made = before ? group * H * W * inputs : 0;
+    const long own = points + made + (after ? group * H * W * outputs : 0);
+    // Tiles [first, last) of `part`, which begins `offset` tiles after the first image; x is fetched `ahead` tiles before.
+    const auto convolve = [&](const Shape &part, const float *from, float *to, float *d, long first, long last, long offset,
+                              long ahead) {
         float *m = d + POINTS * d_stride;
-        const long count = least(at_once, tiles - first);
-        to_points<Inputs>(s, x, inputs, 0, inputs, d, d_stride, first, count);
-        // Tiles that follow have seen a row below the last results already.
-        const long next = first + count;
-        Ahead next_x(s, x, inputs, next, next + at_once, 1), own_y(s, y, outputs, first, next, 0);
-        for (long point = 0; point < POINTS; point++) {
-            next_x.fetch<READ>(), own_y.fetch<WRITTEN>();
-            for (long o = 0; o < outputs; o += COLUMNS)
-                for (long t = 0; t < count; t += ROWS)  // rows after the last tile are computed and not looked at
-                    product<ROWS>(d + point * d_stride + t * inputs, inputs, 1, weights + (point * outputs + o) * inputs,
-                                  COLUMNS, m + point * m_stride + t * outputs + o, outputs, inputs, false);
+        for (; first < last; first += at_once) {
+            const long count = least(at_once, last - first), here = offset + first;
+            to_points<Inputs>(part, from, inputs, 0, inputs, d, d_stride, first, count);
+            // Tiles that follow have seen a row below the last results already.
+            Ahead next_x(s, x, inputs, here + ahead, here + ahead + at_once, before ? 0 : 1);
+            Ahead own_y(s, after ? x : y, outputs, here, after ? here : here + count, 0);
+            for (long point = 0; point < POINTS; point++) {
+                next_x.fetch<READ>(), own_y.fetch<WRITTEN>();
+                all_products(d + point * d_stride, weights + point * outputs * inputs, m + point * m_stride, count, inputs,
+                             outputs);
+            }
+            points_to_outputs(part, m, bias, to, m_stride, first, count);
         }
-        points_to_outputs(s, m, bias, y, m_stride, first, count);
+    };
+#pragma omp parallel num_threads(threads)
+    {
+        const long n = omp_get_num_threads(), i = omp_get_thread_num();
+        float *d = scratch + i * own;
+        if (before || after) {
+            for (long image = B * i / n, end = B * (i + 1) / n; image < end; image += group) {
+                const Shape part{least(group, end - image), H, W, inputs, outputs};
+                const float *from = before ? d + points : x + image * H * W * inputs;
+                float *to = after ? d + points + made : y + image * H * W * outputs;
+                if (before) before->run(before->context, image, part.B, d + points);
+                const long offset = image * s.across() * s.down();
+                convolve(part, from, to, d, 0, part.tiles(), offset, before ? part.tiles() : at_once);
+                if (after) after->run(after->context, image, part.B, to);
+            }
+        } else {
+            const long chunks = (tiles + at_once - 1) / at_once;
+            convolve(s, x, y, d, chunks * i / n * at_once, least(chunks * (i + 1) / n * at_once, tiles), 0, at_once);
+        }
     }
 }
 
@@ -353,31 +396,43 @@ long parts(long inputs, long outputs, int threads) {
 // dg, by its strides; `scratch` has room(at_once, ...) for each thread, `sums` are [part][point][inputs / COLUMNS][output]
 // [COLUMNS], in the order in which they are added to.
 //
-// A part of the tiles belongs to one thread, or to several that share the outputs.
+// A part of the tiles belongs to one thread, or to several that share the outputs. `before` makes of x what was convolved,
+// `group` images at a time, for which the scratch has room, too.
 void weight_gradient(const float *x, const float *dy, float *dg, float *scratch, float *sums, const long *strides, long B,
-                     long H, long W, long inputs, long outputs, long at_once, int threads) {
+                     long H, long W, long inputs, long outputs, long at_once, long group, const Hook *before, int threads) {
     const Shape s{B, H, W, inputs, outputs};
     const long kept = parts(inputs, outputs, threads), size = POINTS * inputs * outputs;
     const long sharing = least(threads / kept, outputs / LANES);
-    const long tiles = (s.tiles() + kept - 1) / kept, slice = (outputs / LANES + sharing - 1) / sharing * LANES;
+    const long each = s.across() * s.down(), points = room(at_once, inputs, outputs);
+    const long own = points + (before ? group * H * W * inputs : 0);
+    const long tiles = before ? (B + kept - 1) / kept * each : (s.tiles() + kept - 1) / kept, slice = (outputs / LANES + sharing - 1) / sharing * LANES;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (long job = 0; job < kept * sharing; job++) {
             const long part = job / sharing, begin = least(part * tiles, s.tiles()), end = least(begin + tiles, s.tiles());
             const long from = least(job % sharing * slice, outputs), to = least(from + slice, outputs), some = to - from;
-            float *d = scratch + omp_get_thread_num() * room(at_once, inputs, outputs);
+            float *d = scratch + omp_get_thread_num() * own;
             const long d_stride = at_once * inputs + GAP, m_stride = at_once * some + GAP;
             float *m = d + POINTS * d_stride, *sum = sums + part * size;
             if (begin == end)
                 for (long panel = 0; panel < POINTS * inputs / COLUMNS; panel++)
                     memset(sum + (panel * outputs + from) * COLUMNS, 0, some * COLUMNS * sizeof(float));
-            for (long first = begin; first < end; first += at_once) {
-                const long count = least(at_once, end - first);
-                to_points<Inputs>(s, x, inputs, 0, inputs, d, d_stride, first, count);
+            const float *images = x;
+            long made = 0, limit = begin;  // tiles [made, limit) are at `images`
+            for (long first = begin, count; first < end; first += count) {
+                if (first == limit) {
+                    limit = before ? least(first + group * each, end) : end;
+                    if (before) {
+                        made = first, images = d + points;
+                        before->run(before->context, first / each, (limit - first) / each, d + points);
+                    }
+                }
+                count = least(at_once, limit - first);
+                to_points<Inputs>(s, images, inputs, 0, inputs, d, d_stride, first - made, count);
                 to_points<Gradients>(s, dy, outputs, from, to, m, m_stride, first, count);
-                const long next = first + count, last = next + at_once;
-                Ahead next_x(s, x, inputs, next, last, 1), next_dy(s, dy, outputs, next, last, 0);
+                const long next = first + count, last = next + at_once, ahead = before ? first + group * each : next;
+                Ahead next_x(s, x, inputs, ahead, ahead + at_once, before ? 0 : 1), next_dy(s, dy, outputs, next, last, 0);
                 for (long point = 0; point < POINTS; point++) {
                     next_x.fetch<READ>(), next_dy.fetch<READ>();
                     for (long c = 0; c < inputs; c += COLUMNS) {

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from cmtool.benchmark import measure, rows
+from cmtool import precision
+from cmtool.benchmark import measure, profile, rows
 from cmtool.benchmark.measure import Ceiling, Result, Timing
 from cmtool.benchmark.rows import ROWS
 from cmtool.benchmark.shared import NETWORK
@@ -67,6 +69,23 @@ def test_alone(cli, measured, monkeypatch):
     assert told["rows"][0]["peer"] is None
     assert told["difference"] is None
     assert cli("bench", "--no-peer", "--rows", "edm").code == 0
+
+
+def test_where_the_time_goes(cli, measured, monkeypatch):
+    known = {"convolutions": 0.75, "Python": 0.25}
+    monkeypatch.setattr(profile, "shares", lambda row, setup: known)
+    result = cli("bench", "--rows", "edm,sample-1", "--profile")
+    assert result.code == 0, result.stderr
+    assert [line.split() for line in result.lines[-3:]] == [
+        ["of", "the", "time", "edm", "sample-1"],
+        ["convolutions", "75%", "75%"],
+        ["Python", "25%", "25%"],
+    ]
+    told = json.loads(cli("bench", "--rows", "edm", "--profile", "--json").stdout)
+    assert told["rows"][0]["profile"] == known
+    assert json.loads(cli("bench", "--rows", "edm", "--json").stdout)["rows"][0]["profile"] is None
+    monkeypatch.setattr(precision, "device", lambda _: torch.device("mps"))
+    cli("bench", "--rows", "edm", "--profile").error(2, "this is mps", "--device cpu")
 
 
 def test_quick(cli, measured):

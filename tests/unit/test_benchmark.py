@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cmtool.benchmark import measure, ours, peer, rows, shared, workers
+from cmtool.benchmark import measure, ours, peer, profile, rows, shared, workers
 from cmtool.benchmark.measure import Result, Timing
 from cmtool.benchmark.rows import ROWS, Calls
 from cmtool.benchmark.shared import NETWORK, Setup
@@ -17,6 +17,9 @@ from cmtool.errors import UsageError, UserError
 from cmtool.flow import EDM, VE, BoundaryEDM
 from cmtool.generate import generate
 from cmtool.generate import noise_of as starting_noise
+from cmtool.networks import native, winograd
+from cmtool.networks.convolution import Conv2d
+from cmtool.networks.norms import GroupNorm
 
 pytest.importorskip("diffusers")
 
@@ -144,6 +147,52 @@ def test_the_ceiling_is_made_of_the_networks_convolutions():
     lucky = replace(found, convolutions={name: 2 * rate for name, rate in found.convolutions.items()}, matmul=1.0)
     best = found.or_better(lucky)
     assert (best.convolutions, best.matmul, best.rate) == (lucky.convolutions, found.matmul, found.rate)
+
+
+# --- where the time goes ---------------------------------------------------------------------------------------------
+
+
+def test_a_profile_names_what_takes_the_time():
+    x, w = torch.randn(8, 32, 16, 16).contiguous(memory_format=torch.channels_last), torch.randn(32, 32, 3, 3)
+    flat, mean, q = torch.randn(400, 400), torch.zeros(400, 400), torch.randn(2, 2, 256, 32)
+    jobs = {
+        "convolutions": lambda: torch.conv2d(x, w, padding=1),
+        "norms": lambda: torch.nn.functional.group_norm(x, 8),
+        "attention": lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q),
+        "matrix products": lambda: flat @ flat,
+        "optimizer and averages": lambda: torch._foreach_lerp_([mean], [flat], 0.5),
+        "sums, copies, noise": lambda: flat + flat,
+        profile.REST: lambda: time.sleep(1e-3),
+    }
+    for kind, job in jobs.items():
+        found = profile.measure(lambda job=job: [job() for _ in range(30)])
+        assert [*found] == [*jobs]
+        assert sum(found.values()) == pytest.approx(1)
+        assert min(found.values()) >= 0
+        rest = found.pop(profile.REST) if kind != profile.REST else 0
+        assert max(found, key=found.get) == kind
+        assert rest < 0.9
+
+
+@pytest.mark.skipif(winograd.library() is None, reason="no compiler on this machine")
+def test_a_profile_knows_what_is_computed_by_c_of_ours():
+    norm, conv = GroupNorm(32, eps=1e-5, group_channels=4), Conv2d(32, 32, 3)
+    x = torch.randn(8, 32, 16, 16).contiguous(memory_format=torch.channels_last)
+    before = winograd.forward, native.forward
+    with torch.no_grad():
+        both = profile.measure(lambda: [norm(conv(x)) for _ in range(30)])
+        one = profile.measure(lambda: [norm(x, silu=True) for _ in range(30)])
+    assert min(both["convolutions"], both["norms"]) > 0.05
+    assert one["norms"] > 0.3
+    assert one["convolutions"] == 0
+    assert before == (winograd.forward, native.forward)
+
+
+def test_the_profile_of_a_row():
+    found = profile.shares(ROWS["edm"], replace(SETUP, threads=1))
+    assert sum(found.values()) == pytest.approx(1)
+    assert found["convolutions"] > 0.05
+    assert found["optimizer and averages"] > 0
 
 
 def test_rows_are_named():

@@ -213,7 +213,7 @@ def test_a_network_uses_it_for_all_its_wide_convolutions(monkeypatch, fewest):
     network = networks.build(config).to(memory_format=torch.channels_last)
     many = [m for m in network.modules() if isinstance(m, Conv2d) and m.kernel_size == (3, 3)]
     many = [m for m in many if m.stride == ONES and m.in_channels > 3 and m.out_channels > 3]
-    counts = dict.fromkeys(("forward", "input_gradient", "weight_gradient"), 0)
+    counts = dict.fromkeys(("forward", "input_gradient", "use_input_gradient", "weight_gradient"), 0)
 
     def counting(name):
         own = getattr(winograd, name)
@@ -229,6 +229,9 @@ def test_a_network_uses_it_for_all_its_wide_convolutions(monkeypatch, fewest):
     x, t = torch.randn(12, 3, 16, 16), torch.rand(12)  # 48 tiles at 8x8
     network(x, t).square().mean().backward()
     assert len(many) > 5
+    plain = counts.pop("input_gradient")  # of convolutions after something else than a norm
+    assert plain == sum(getattr(m, "resample", None) is not None for m in network.modules()) > 0
+    counts["use_input_gradient"] += plain
     assert counts == dict.fromkeys(counts, len(many))
     found = [p.grad.clone() for p in network.parameters()]
     network.zero_grad()
