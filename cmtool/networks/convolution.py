@@ -147,15 +147,14 @@ def convolve(
 
     Of a norm that is still to be taken it takes it along, where that saves the way through memory.
     """
-    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
     if isinstance(x, Pending):
-        if not traced and _along(x, weight, stride, padding):
+        if not _traced() and _along(x, weight, stride, padding):
             if plain():
                 return _normed_and_convolved(x, weight, bias)[0]
             made: Tensor = _ConvolveNormed.apply(weight, bias, *x)
             return made
         x = x.tensor()
-    if traced:
+    if _traced():
         return F.conv2d(x, weight, bias, stride, padding)
     if plain():
         return _convolved(x, weight, bias, stride, padding)
@@ -164,6 +163,10 @@ def convolve(
             made = _Convolve.apply(x, weight, bias, stride, padding)
             return made
         return F.conv2d(x, weight, bias, stride, padding)
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
 
 
 class Conv2d(nn.Conv2d):
@@ -190,10 +193,12 @@ class Conv2d(nn.Conv2d):
 def normed(norm: GroupNorm, conv: Conv2d, x: Tensor | Pending, added: Tensor | None = None, **how: Any) -> Pending:
     """The norm of a convolution (plus `added`, [B, C]), for the next one; `how` as for the norm.
 
-    On a GPU the norm adds the convolution's bias too: cuDNN takes a pass over memory for it, and one for its gradient.
+    If the norm adds something anyway, it adds the convolution's bias, too, for whose gradient there is no pass over
+    memory then. On a GPU it always does: cuDNN takes a pass for a bias as well.
     """
     values = x.x if isinstance(x, Pending) else x
-    if values.is_cuda:
+    biased = not values.is_cuda and (added is None or _traced())
+    if not biased:
         bias = conv.bias_as(values)
         added = bias.expand(len(values), -1) if added is None else added + bias
-    return norm.pending(conv(x, biased=not values.is_cuda), added=added, **how)
+    return norm.pending(conv(x, biased=biased), added=added, **how)

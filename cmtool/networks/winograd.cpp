@@ -339,11 +339,12 @@ void weights(const float *g, const long *strides, float *out, long inputs, long 
     }
 }
 
-// y. `before`, if it is there, makes of x what is convolved, and `after` uses the results, which are kept nowhere then (y is
-// nothing): each thread takes `group` images at a time through all of it. `scratch` has, for each thread, room(at_once, ...)
-// and the images of both hooks.
-void forward(const float *x, const float *weights, const float *bias, float *y, float *scratch, long B, long H, long W,
-             long inputs, long outputs, long at_once, long group, const Hook *before, const Hook *after, int threads) {
+// y. A pixel of x begins `step` after the one before: there may be more channels than are convolved. `before`, if it is
+// there, makes of x what is convolved, and `after` uses the results, which are kept nowhere then (y is nothing): each thread
+// takes `group` images at a time through all of it. `scratch` has, for each thread, room(at_once, ...) and the images of both
+// hooks.
+void forward(const float *x, long step, const float *weights, const float *bias, float *y, float *scratch, long B, long H,
+             long W, long inputs, long outputs, long at_once, long group, const Hook *before, const Hook *after, int threads) {
     const Shape s{B, H, W, inputs, outputs};
     const long tiles = s.tiles(), d_stride = at_once * inputs + GAP, m_stride = at_once * outputs + GAP;
     const long points = room(at_once, inputs, outputs), made = before ? group * H * W * inputs : 0;
@@ -354,9 +355,9 @@ void forward(const float *x, const float *weights, const float *bias, float *y, 
         float *m = d + POINTS * d_stride;
         for (; first < last; first += at_once) {
             const long count = least(at_once, last - first), here = offset + first;
-            to_points<Inputs>(part, from, inputs, 0, inputs, d, d_stride, first, count);
+            to_points<Inputs>(part, from, before ? inputs : step, 0, inputs, d, d_stride, first, count);
             // Tiles that follow have seen a row below the last results already.
-            Ahead next_x(s, x, inputs, here + ahead, here + ahead + at_once, before ? 0 : 1);
+            Ahead next_x(s, x, step, here + ahead, here + ahead + at_once, before ? 0 : 1);
             Ahead own_y(s, after ? x : y, outputs, here, after ? here : here + count, 0);
             for (long point = 0; point < POINTS; point++) {
                 next_x.fetch<READ>(), own_y.fetch<WRITTEN>();
@@ -373,7 +374,7 @@ void forward(const float *x, const float *weights, const float *bias, float *y, 
         if (before || after) {
             for (long image = B * i / n, end = B * (i + 1) / n; image < end; image += group) {
                 const Shape part{least(group, end - image), H, W, inputs, outputs};
-                const float *from = before ? d + points : x + image * H * W * inputs;
+                const float *from = before ? d + points : x + image * H * W * step;
                 float *to = after ? d + points + made : y + image * H * W * outputs;
                 if (before) before->run(before->context, image, part.B, d + points);
                 const long offset = image * s.across() * s.down();
@@ -396,10 +397,11 @@ long parts(long inputs, long outputs, int threads) {
 // dg, by its strides; `scratch` has room(at_once, ...) for each thread, `sums` are [part][point][inputs / COLUMNS][output]
 // [COLUMNS], in the order in which they are added to.
 //
-// A part of the tiles belongs to one thread, or to several that share the outputs. `before` makes of x what was convolved,
-// `group` images at a time, for which the scratch has room, too.
-void weight_gradient(const float *x, const float *dy, float *dg, float *scratch, float *sums, const long *strides, long B,
-                     long H, long W, long inputs, long outputs, long at_once, long group, const Hook *before, int threads) {
+// A pixel of dy begins `step` after the one before. A part of the tiles belongs to one thread, or to several that share the
+// outputs. `before` makes of x what was convolved, `group` images at a time, for which the scratch has room, too.
+void weight_gradient(const float *x, const float *dy, long step, float *dg, float *scratch, float *sums,
+                     const long *strides, long B, long H, long W, long inputs, long outputs, long at_once, long group,
+                     const Hook *before, int threads) {
     const Shape s{B, H, W, inputs, outputs};
     const long kept = parts(inputs, outputs, threads), size = POINTS * inputs * outputs;
     const long sharing = least(threads / kept, outputs / LANES);
@@ -430,9 +432,9 @@ void weight_gradient(const float *x, const float *dy, float *dg, float *scratch,
                 }
                 count = least(at_once, limit - first);
                 to_points<Inputs>(s, images, inputs, 0, inputs, d, d_stride, first - made, count);
-                to_points<Gradients>(s, dy, outputs, from, to, m, m_stride, first, count);
+                to_points<Gradients>(s, dy, step, from, to, m, m_stride, first, count);
                 const long next = first + count, last = next + at_once, ahead = before ? first + group * each : next;
-                Ahead next_x(s, x, inputs, ahead, ahead + at_once, before ? 0 : 1), next_dy(s, dy, outputs, next, last, 0);
+                Ahead next_x(s, x, inputs, ahead, ahead + at_once, before ? 0 : 1), next_dy(s, dy, step, next, last, 0);
                 for (long point = 0; point < POINTS; point++) {
                     next_x.fetch<READ>(), next_dy.fetch<READ>();
                     for (long c = 0; c < inputs; c += COLUMNS) {

@@ -83,7 +83,7 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, before: Hook | None =
     The order of its sums, hence the last digits, follow from the number of threads.
     """
     lib, threads = _library(), torch.get_num_threads()
-    x, dy = _laid_out(x), _laid_out(dy)
+    x, (dy, step) = _laid_out(x), _pixels(dy)
     batch, channels, height, width = x.shape
     outputs = dy.shape[1]
     gradient = torch.empty_like(weight)
@@ -91,9 +91,10 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, before: Hook | None =
     made = 0 if before is None else group * height * width * channels
     scratch = torch.empty(threads, lib.room(_TILES, channels, outputs) + made)
     sums = torch.empty(lib.parts(channels, outputs, threads), 36, outputs, channels)
-    addresses = [tensor.data_ptr() for tensor in (x, dy, gradient, scratch, sums)]
+    into, *rest = (tensor.data_ptr() for tensor in (gradient, scratch, sums))
     sizes = (batch, height, width, channels, outputs)
-    lib.weight_gradient(*addresses, _four(gradient.stride()), *sizes, _TILES, group, _given(before), threads)
+    given = (x.data_ptr(), dy.data_ptr(), step, into, *rest)
+    lib.weight_gradient(*given, _four(gradient.stride()), *sizes, _TILES, group, _given(before), threads)
     return gradient
 
 
@@ -109,7 +110,7 @@ def _convolve(
 ) -> None:
     """`forward` with the weights at an address, whose strides may be negative."""
     lib, threads = _library(), torch.get_num_threads()
-    x = _laid_out(x)
+    x, step = _pixels(x) if before is None else (_laid_out(x), x.shape[1])
     batch, channels, height, width = x.shape
     at_once = lib.tiles_at_once(batch, height, width, threads)
     points = torch.empty(36, outputs, channels)
@@ -117,9 +118,9 @@ def _convolve(
     group = _group(x, 3 * at_once, max(channels, outputs))
     made = group * height * width * ((before is not None) * channels + (after is not None) * outputs)
     scratch = torch.empty(threads, lib.room(at_once, channels, outputs) + made)
-    addresses = [None if one is None else one.data_ptr() for one in (x, points, bias, y, scratch)]
+    addresses = [None if one is None else one.data_ptr() for one in (points, bias, y, scratch)]
     sizes = (batch, height, width, channels, outputs, at_once, group)
-    lib.forward(*addresses, *sizes, _given(before), _given(after), threads)
+    lib.forward(x.data_ptr(), step, *addresses, *sizes, _given(before), _given(after), threads)
 
 
 def _group(x: Tensor, tiles: int, channels: int) -> int:
@@ -146,6 +147,15 @@ def _given(hook: Hook | None) -> Any:
 
 def _laid_out(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def _pixels(x: Tensor) -> tuple[Tensor, int]:
+    """x with its channels side by side, and how far a pixel is from the next: further in a slice of more channels."""
+    _, channels, height, width = x.shape
+    step = x.stride(3)
+    if step >= channels and x.stride() == (height * width * step, 1, width * step, step):
+        return x, step
+    return _laid_out(x), channels
 
 
 def _four(strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
@@ -175,8 +185,8 @@ def library() -> ctypes.CDLL | None:
         ("room", [number] * 3, number),
         ("parts", [number, number, threads], number),
         ("weights", [address, strides, address, number, number, threads], None),
-        ("forward", [*[address] * 5, *[number] * 7, address, address, threads], None),
-        ("weight_gradient", [*[address] * 5, strides, *[number] * 7, address, threads], None),
+        ("forward", [address, number, *[address] * 4, *[number] * 7, address, address, threads], None),
+        ("weight_gradient", [address, address, number, *[address] * 3, strides, *[number] * 7, address, threads], None),
     ):
         function = getattr(lib, name)
         function.argtypes, function.restype = takes, gives
