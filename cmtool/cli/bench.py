@@ -110,15 +110,17 @@ def bench(
     kinds = sorted({row.trains for row in wanted})
     ceilings = {trains: measure.ceiling(setup, trains=trains) for trains in kinds}
     found: list[Result] = []
+    profiles: dict[str, dict[str, float]] = {}
     with console.progress("bench", len(wanted)) as update:
         for row in wanted:
             update(len(found), row.title)
             found.append(measure.measure(row, setup, rounds, flops=network["flops"], peer_too=peer))
+            if profile:
+                profiles[row.name] = shares(row, setup)
         update(len(found))
     # Once more, for the better of two: the machine may have been busy.
     ceilings = {trains: first.or_better(measure.ceiling(setup, trains=trains)) for trains, first in ceilings.items()}
     found = [replace(result, ceiling=ceilings[result.row.trains].rate) for result in found]
-    profiles = {row.name: shares(row, setup) for row in wanted} if profile else {}
     if as_json:
         console.emit_json(
             {
