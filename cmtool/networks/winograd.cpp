@@ -23,7 +23,7 @@ constexpr long BYTES = 32, ROWS = 6;
 #endif
 constexpr long LANES = BYTES / 4;
 constexpr long COLUMNS = 2 * LANES;  // ROWS x COLUMNS of a product are summed in registers
-constexpr long LEFT = 4;            // rows, where fewer are left
+constexpr long LEFT = 4;  // rows, where fewer are left
 constexpr long POINTS = 36;
 constexpr long MOST = 12;  // tiles; see `tiles_at_once`
 constexpr long GAP = 16;  // between the matrices of two points, which else lie in the same lines of the cache
@@ -407,7 +407,8 @@ void weight_gradient(const float *x, const float *dy, long step, float *dg, floa
     const long sharing = least(threads / kept, outputs / LANES);
     const long each = s.across() * s.down(), points = room(at_once, inputs, outputs);
     const long own = points + (before ? group * H * W * inputs : 0);
-    const long tiles = before ? (B + kept - 1) / kept * each : (s.tiles() + kept - 1) / kept, slice = (outputs / LANES + sharing - 1) / sharing * LANES;
+    const long tiles = before ? (B + kept - 1) / kept * each : (s.tiles() + kept - 1) / kept;
+    const long slice = (outputs / LANES + sharing - 1) / sharing * LANES;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)

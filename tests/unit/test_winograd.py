@@ -68,6 +68,26 @@ def test_it_is_the_convolution_and_its_gradients(shape, last):
     assert distance(gradient, dweight) < 1e-5
 
 
+@pytest.mark.parametrize("first", [0, WIDTH, 5])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_slices_of_more_channels_need_no_copy(monkeypatch, shape, first):
+    x, weight, bias, grad = given(*shape)
+
+    def slice_of_more(one):
+        more = torch.full((len(one), one.shape[1] + 2 * WIDTH, *one.shape[2:]), torch.nan)
+        some = more.contiguous(memory_format=torch.channels_last)[:, first : first + one.shape[1]]
+        return some.copy_(one)
+
+    expected = winograd.forward(x, weight, bias), winograd.input_gradient(grad, weight)
+    gradient = winograd.weight_gradient(x, grad, weight)
+    some_x, some_grad = slice_of_more(x), slice_of_more(grad)
+    assert not some_x.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(winograd, "_laid_out", lambda one: pytest.fail("copied") if one is not x else one)
+    found = winograd.forward(some_x, weight, bias), winograd.input_gradient(some_grad, weight)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(winograd.weight_gradient(x, some_grad, weight), gradient)
+
+
 @pytest.mark.parametrize("shape", [(8, 2, 2, 16, 16), (8, 4, 4, 16, 16), (32, 1, 1, 32, 32)])
 def test_its_errors_are_a_few_roundings(shape):
     """On average within three times those of torch's own sums, over many channels and over many tiles."""
