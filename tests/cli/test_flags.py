@@ -44,8 +44,8 @@ FLAGS = {
     "presets": "",
     "presets ls": "--json",
     "presets show": "NAME --recipe --no-recipe --resolution --json",
-    "bench": "--rows --batch --rounds --threads --quick --peer --no-peer --peer-precision --compile --no-compile "
-    "--device --precision --json",
+    "bench": "--rows --batch --rounds --threads --quick --peer --no-peer --peer-precision --profile "
+    "--compile --no-compile --device --precision --json",
     "data": "",
     "data inspect": "PATH --json",
     "data pack": "PATH FOLDER --resolution --crop --resize --upscale --channels --shard-images --stream --json",
