@@ -22,7 +22,8 @@ _SECONDS = 3.0  # of rehearsal, after which no larger size is tried
 # Convolutions of a CPU lay out their numbers anew in memory that torch knows nothing of: 7.7M parameters at 32x32 make
 # the process grow by 17 MiB an image (float32), and 13 are tensors.
 _SCRATCH = 1.3
-_PROBES = 2, 8  # images whose memory is measured: what both take alike is no image's
+_MOST = 64  # images that are rehearsed
+_PROBES = 2, 8  # images of 32x32 whose memory is measured: what both take alike is no image's
 _SHARE = 0.8  # of the free memory that a micro-batch chosen by itself may fill
 
 
@@ -44,9 +45,9 @@ def forecast(trainer: Trainer) -> Forecast:
     batch, own = trainer.recipe.batch, _own_images(trainer)
     micro = min(trainer.micro_batch or own, own)
     room = gradient_room(trainer)
-    each = _seconds_per_image(trainer, min(micro, 16) * trainer.processes.count)
+    once, each = _pace(trainer, min(micro, _MOST) * trainer.processes.count)
     update = _seconds(trainer.rehearse_update, trainer)
-    step = batch * each + update
+    step = math.ceil(own / micro) * once + batch * each + update
     held = weights_bytes(trainer)
     return Forecast(
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
@@ -107,7 +108,9 @@ class Room(NamedTuple):
 
 def gradient_room(trainer: Trainer) -> Room:
     """Measured on few images: the most memory that is alive at once, for two numbers of them."""
-    counts = [trainer.rehearsal(probe * trainer.processes.count) for probe in _PROBES]
+    # Of smaller images more: of few tiny ones other operations are the faster ones, with other needs.
+    times = max(1, 32 // trainer.model.card.resolution) * trainer.processes.count
+    counts = [trainer.rehearsal(probe * times) for probe in _PROBES]
     trainer.rehearse(counts[0])  # what is kept from step to step is there now: gradients, weights in the compute type
     scratch = 1.0 if trainer.device.type == "cuda" else _SCRATCH
     first, second = (scratch * _peak(partial(trainer.rehearse, count), trainer.device) for count in counts)
@@ -173,17 +176,31 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _seconds_per_image(trainer: Trainer, most: int) -> float:
-    """At the largest of a few sizes up to `most` that can be tried in short time: larger ones are faster an image."""
-    begin, count, best = time.perf_counter(), 1, math.inf
+def _pace(trainer: Trainer, most: int) -> tuple[float, float]:
+    """Seconds of a gradient that it takes however many images it is of, and seconds an image.
+
+    By the two largest of a few sizes up to `most` that can be tried in short time.
+    """
+    begin, count, before = time.perf_counter(), trainer.rehearsal(1), (0, 0.0)
     while True:
-        count = trainer.rehearsal(count)
         run = partial(trainer.rehearse, count)
         run()
-        best = min(best, _seconds(run, trainer) / count)
-        if count >= most or trainer.processes.told(time.perf_counter() - begin) > _SECONDS:
-            return best
-        count = min(4 * count, most)
+        seconds = _seconds(run, trainer)
+        found = fitted(before, (count, seconds))
+        before, larger = (count, seconds), trainer.rehearsal(min(4 * count, most))
+        if larger <= count or trainer.processes.told(time.perf_counter() - begin) > _SECONDS:
+            return found
+        count = larger
+
+
+def fitted(few: tuple[int, float], more: tuple[int, float]) -> tuple[float, float]:
+    """The line through two numbers of images and their seconds: where it begins, and its slope.
+
+    It neither begins below zero nor falls, whatever else the machine was doing.
+    """
+    (n, t), (m, s) = few, more
+    each = min(max((s - t) / (m - n), 0.0), s / m) if m > n else s / m
+    return s - m * each, each
 
 
 def _seconds(run: Callable[[], Any], trainer: Trainer) -> float:

@@ -88,6 +88,25 @@ def test_a_forecast(recipe):
     assert found.seconds == pytest.approx(recipe.iterations * recipe.batch / found.images_per_second)
 
 
+def test_the_time_is_a_line_through_two_numbers_of_images():
+    assert f.fitted((0, 0.0), (1, 3.0)) == (0, 3)
+    assert f.fitted((4, 5.0), (16, 17.0)) == (1, 1)
+    assert f.fitted((4, 5.0), (16, 4.0)) == (4, 0)  # something else was going on
+    assert f.fitted((4, 1.0), (16, 17.0)) == (0, 17 / 16)
+    assert f.fitted((4, 5.0), (4, 6.0)) == (0, 1.5)
+
+
+@pytest.mark.parametrize("batch", [2, 20, 90])
+def test_what_a_step_takes_once_is_told_from_what_an_image_takes(monkeypatch, batch):
+    made, counts = trainer(replace(EDM_RECIPE, batch=batch)), []
+    monkeypatch.setattr(made, "rehearse", counts.append)
+    monkeypatch.setattr(f, "_seconds", lambda run, _: (run(), 0.5 + 0.25 * counts[-1])[1])
+    once, each = f._pace(made, min(batch, f._MOST))
+    assert (once, each) == pytest.approx((0.5, 0.25))
+    assert max(counts) == min(batch, f._MOST)
+    assert sorted(counts) == counts
+
+
 def test_what_is_done_takes_no_more_time():
     made = trainer(EDM_RECIPE)
     run(made, 3)
