@@ -23,7 +23,7 @@ KINDS = {
     "convolutions": r"convolution|winograd",
     "norms": r"native\.|group_norm|silu",
     "attention": r"attention|softmax|bmm",
-    "matrix products": r"mm\b|addmm|matmul|linear\b",
+    "matrix products": r"mm\b|matmul|linear\b",
     "optimizer and averages": r"fused_adam|foreach|lerp_|Optimizer|linalg_vector_norm",
     "sums, copies, noise": r"^aten::",
 }
@@ -72,17 +72,9 @@ def measure(job: Callable[[], Any]) -> dict[str, float]:
 def _named() -> Iterator[None]:
     """Inside, the profiler knows what is computed by C++ of ours, of which it cannot know by itself."""
     before = [(module, name, getattr(module, name)) for module, names in _OWN.items() for name in names]
-
-    def telling(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def told(*args: Any, **kwargs: Any) -> Any:
-            with record_function(title):
-                return function(*args, **kwargs)
-
-        return told
-
     try:
         for module, name, function in before:
-            setattr(module, name, telling(f"{module.__name__.rpartition('.')[2]}.{name}", function))
+            setattr(module, name, record_function(f"{module.__name__.rpartition('.')[2]}.{name}")(function))
         yield
     finally:
         for module, name, function in before:

@@ -142,10 +142,11 @@ class ResBlock(Recomputed):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, width, H, W] and the embedding after its SiLU [B, 4 * channels]."""
         norm0, conv0, norm1, conv1 = self.layers
-        first = norm0.pending(x, silu=True)
-        inside: Tensor | Pending = first
-        if self.resample is not None:
-            inside, x = self.resample(first.tensor()), self.resample(x)
+        inside: Tensor | Pending
+        if self.resample is None:
+            inside = norm0.pending(x, silu=True)
+        else:
+            inside, x = self.resample(norm0(x, silu=True)), self.resample(x)
         emb = self.emb_layers["1"](emb)
         film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0

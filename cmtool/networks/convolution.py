@@ -1,4 +1,7 @@
-"""Convolutions as torch's, as fast as they can be had: by `winograd` on CPUs, and under forward-mode derivatives."""
+"""Convolutions as torch's, as fast as they can be had: by `winograd` on CPUs, and under forward-mode derivatives.
+
+A norm that comes before one may be taken along (`norms.Pending`).
+"""
 
 from __future__ import annotations
 
@@ -84,12 +87,13 @@ def _along(x: Pending, weight: Tensor, stride: tuple[int, ...], padding: tuple[i
 def _normed_and_convolved(norm: Pending, kernel: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """The convolution, and the norm's mean and 1 / deviation."""
     mean, rstd = (torch.empty(len(norm.x), norm.how.groups) for _ in range(2))
-    return winograd.forward(norm.x, kernel, bias, native.before(*_known(norm, mean, rstd))), mean, rstd
+    chain = _chain(norm, mean, rstd)
+    return winograd.forward(chain.x, kernel, bias, native.before(chain)), mean, rstd
 
 
-def _known(norm: Pending, mean: Tensor, rstd: Tensor) -> tuple[Any, ...]:
-    *given, how = norm
-    return *given, mean, rstd, how
+def _chain(norm: Pending, mean: Tensor, rstd: Tensor) -> native.Chain:
+    x, added, weight, bias, keys, how = norm
+    return native.Chain(native.laid_out(x), added, weight, bias, keys, mean, rstd, how)
 
 
 class _ConvolveNormed(torch.autograd.Function):
@@ -111,13 +115,13 @@ class _ConvolveNormed(torch.autograd.Function):
         norm, wanted = Pending._make((*given, ctx.how)), ctx.needs_input_grad
         if torch.is_grad_enabled():  # a second derivative is wanted
             return _differentiable(grad, kernel, norm, wanted)
-        known = _known(norm, mean, rstd)
+        chain = _chain(norm, mean, rstd)
         d_kernel: Tensor | None = None
         d_norm: tuple[Tensor | None, ...] = (None,) * 4  # of rows that all samples share autograd takes the sum
         if wanted[0]:
-            d_kernel = winograd.weight_gradient(norm.x, grad, kernel, native.before(*known, known=True))
+            d_kernel = winograd.weight_gradient(chain.x, grad, kernel, native.before(chain, known=True))
         if any(wanted[2:]):
-            used, d_norm = native.after(*known)
+            used, d_norm = native.after(chain)
             winograd.use_input_gradient(grad, kernel, used)
         return d_kernel, grad.sum((0, 2, 3)) if wanted[1] else None, *d_norm, None, None
 

@@ -166,10 +166,11 @@ class Block(Recomputed):
             self.proj = _init(Conv2d(out, out, 1), gain=1e-5)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        first = self.norm0.pending(x, silu=True)
-        inside: Tensor | Pending = first
-        if self.resample is not None:
-            inside, x = self.resample(first.tensor()), self.resample(x)
+        inside: Tensor | Pending
+        if self.resample is None:
+            inside = self.norm0.pending(x, silu=True)
+        else:
+            inside, x = self.resample(self.norm0(x, silu=True)), self.resample(x)
         dropout = self.dropout if self.training else 0.0
         second = normed(self.norm1, self.conv0, inside, self.affine(emb), silu=True, dropout=dropout)
         h = self.conv1(second, gain=HALF)

@@ -100,7 +100,7 @@ def forward(
     Returns:
         y like x, channels-last; mean and 1 / deviation, float32 [B, groups].
     """
-    x = _laid_out(x)
+    x = laid_out(x)
     y = torch.empty_like(x)
     mean = torch.empty(len(x), shape.groups)
     rstd = torch.empty(len(x), shape.groups)
@@ -120,7 +120,7 @@ def backward(
     shape: Shape,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The gradients of x, pre, weight and bias; arguments as `forward`."""
-    x, dy = _laid_out(x), _laid_out(dy.to(x.dtype))
+    x, dy = laid_out(x), laid_out(dy.to(x.dtype))
     dx = torch.empty_like(x)
     dweight, dbias = _new(x), _new(x)
     dpre = None if pre is None else _new(x)
@@ -142,8 +142,8 @@ def tangent(
     *changes: Tensor | None,
 ) -> Tensor:
     """The change of the result along dx and `changes` of pre, weight and bias; None for what does not change."""
-    x = _laid_out(x)
-    dx = None if dx is None else _laid_out(dx.to(x.dtype))
+    x = laid_out(x)
+    dx = None if dx is None else laid_out(dx.to(x.dtype))
     dy = torch.empty_like(x)
     known = (*_rows(pre, weight, bias), words(keys), mean, rstd)
     _call("norm_tangent", x, (dx, x, *known, *_rows(*changes), dy), shape)
@@ -158,48 +158,42 @@ class Hook(NamedTuple):
     kept: tuple[Tensor | None, ...]  # whose memory the context points to
 
 
-def before(
-    x: Tensor,
-    pre: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    keys: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    shape: Shape,
-    *,
-    known: bool = False,
-) -> Hook:
-    """The chain of float32 images, a few at a time, as they are asked for; arguments as `forward`.
+class Chain(NamedTuple):
+    """The chain of float32 images around a convolution; arrays as in `forward`.
 
     Args:
+        x: channels-last.
         weight, bias: [B, C], or [C] for all samples.
-        mean, rstd: [B, groups], to be filled in, unless they are known.
+        mean, rstd: [B, groups].
     """
-    return _hook("norm_images", (_laid_out(x), pre, weight, bias, words(keys), mean, rstd), (None,) * 4, shape, known)
+
+    x: Tensor
+    pre: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    keys: Tensor | None
+    mean: Tensor
+    rstd: Tensor
+    shape: Shape
 
 
-def after(
-    x: Tensor,
-    pre: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    keys: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    shape: Shape,
-) -> tuple[Hook, tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-    """What `backward` does, of a gradient of which a few images are there at a time; arguments as `before`.
+def before(chain: Chain, *, known: bool = False) -> Hook:
+    """The chain, of a few images at a time, as they are asked for; fills in mean and rstd, unless they are known."""
+    return _hook("norm_images", chain, (None,) * 4, known)
+
+
+def after(chain: Chain) -> tuple[Hook, tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """What `backward` does, of a gradient of which a few images are there at a time.
 
     Returns:
         The hook, and what it fills in: the gradients of x, and [B, C] of pre, weight and bias.
     """
-    x = _laid_out(x)
-    found = torch.empty_like(x), None if pre is None else _new(x), _new(x), _new(x)
-    return _hook("norm_gradients", (x, pre, weight, bias, words(keys), mean, rstd), found, shape, True), found
+    x = chain.x
+    found = torch.empty_like(x), None if chain.pre is None else _new(x), _new(x), _new(x)
+    return _hook("norm_gradients", chain, found, True), found
 
 
-class _Chain(ctypes.Structure):
+class _Struct(ctypes.Structure):
     """`Chain` in native.cpp."""
 
     _fields_ = (
@@ -213,18 +207,14 @@ class _Chain(ctypes.Structure):
     )
 
 
-def _hook(
-    name: str, given: tuple[Tensor | None, ...], found: tuple[Tensor | None, ...], shape: Shape, known: bool
-) -> Hook:
-    x, pre, weight, bias, *rest = given
-    assert x is not None
-    assert weight is not None
+def _hook(name: str, chain: Chain, found: tuple[Tensor | None, ...], known: bool) -> Hook:
+    x, pre, weight, bias, keys, mean, rstd, shape = chain
     batch, channels, height, width = x.shape
     row = channels if weight.dim() == 2 else 0
-    tensors = (x, *_rows(pre, weight, bias), *rest, *found)
+    tensors = (x, *_rows(pre, weight, bias), words(keys), mean, rstd, *found)
     addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
     sizes = (batch, height * width, channels, shape.groups, row)
-    context = _Chain(*sizes, shape.eps, shape.silu, shape.threshold, shape.grown, known, *addresses)
+    context = _Struct(*sizes, shape.eps, shape.silu, shape.threshold, shape.grown, known, *addresses)
     address = ctypes.cast(getattr(library(), name), ctypes.c_void_p).value
     assert address is not None
     return Hook(address, context, tensors)
@@ -234,7 +224,8 @@ def _new(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2])
 
 
-def _laid_out(x: Tensor) -> Tensor:
+def laid_out(x: Tensor) -> Tensor:
+    """x as the library wants it: channels-last."""
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -25,21 +25,12 @@ class GroupNorm(nn.GroupNorm):
         groups = next(count for count in range(most, 0, -1) if channels % count == 0)
         super().__init__(groups, channels, eps=eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        film: tuple[Tensor, Tensor] | None = None,
-        *,
-        added: Tensor | None = None,
-        silu: bool = False,
-        dropout: float = 0.0,
-    ) -> Tensor:
+    def forward(self, x: Tensor, *given: Any, **how: Any) -> Tensor:  # type: ignore[override]
         """The norm of x, and what usually stands around it, in as few passes over memory as the device allows.
 
-        Args:
-            x, film, added, silu, dropout: see `pending`.
+        Arguments as `pending`.
         """
-        return self.pending(x, film, added=added, silu=silu, dropout=dropout).tensor()
+        return self.pending(x, *given, **how).tensor()
 
     def pending(
         self,

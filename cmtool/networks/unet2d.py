@@ -300,10 +300,11 @@ class ResBlock(Recomputed):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x [B, width, H, W] and the embedding after its SiLU [B, emb_channels]."""
-        first = self.norm1.pending(x, silu=True)
-        inside: Tensor | Pending = first
-        if self.resample is not None:
-            inside, x = self.resample(first.tensor()), self.resample(x)
+        inside: Tensor | Pending
+        if self.resample is None:
+            inside = self.norm1.pending(x, silu=True)
+        else:
+            inside, x = self.resample(self.norm1(x, silu=True)), self.resample(x)
         emb = self.time_emb_proj(emb)
         film, added = (emb.chunk(2, dim=1), None) if self.film else (None, emb)
         dropout = self.dropout if self.training else 0.0

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cmtool import compiled
-from cmtool.networks.native import Hook
+from cmtool.networks.native import Hook, laid_out
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FILLED = 0.6  # of the tiles' pixels, at least, are the image's: where fewer are, too much is computed for nothing
@@ -83,7 +83,7 @@ def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor, before: Hook | None =
     The order of its sums, hence the last digits, follow from the number of threads.
     """
     lib, threads = _library(), torch.get_num_threads()
-    x, (dy, step) = _laid_out(x), _pixels(dy)
+    x, (dy, step) = laid_out(x), _pixels(dy)
     batch, channels, height, width = x.shape
     outputs = dy.shape[1]
     gradient = torch.empty_like(weight)
@@ -110,7 +110,7 @@ def _convolve(
 ) -> None:
     """`forward` with the weights at an address, whose strides may be negative."""
     lib, threads = _library(), torch.get_num_threads()
-    x, step = _pixels(x) if before is None else (_laid_out(x), x.shape[1])
+    x, step = _pixels(x) if before is None else (laid_out(x), x.shape[1])
     batch, channels, height, width = x.shape
     at_once = lib.tiles_at_once(batch, height, width, threads)
     points = torch.empty(36, outputs, channels)
@@ -145,17 +145,13 @@ def _given(hook: Hook | None) -> Any:
     return ctypes.byref(_Hook(hook.function, ctypes.addressof(hook.context)))
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
 def _pixels(x: Tensor) -> tuple[Tensor, int]:
     """x with its channels side by side, and how far a pixel is from the next: further in a slice of more channels."""
     _, channels, height, width = x.shape
     step = x.stride(3)
     if step >= channels and x.stride() == (height * width * step, 1, width * step, step):
         return x, step
-    return _laid_out(x), channels
+    return laid_out(x), channels
 
 
 def _four(strides: tuple[int, ...]) -> ctypes.Array[ctypes.c_long]:
